@@ -1,0 +1,81 @@
+"""The server's settings: one frozen object. Flags and environment variables meet here and nowhere else.
+
+Each field is a flag of `embedserve serve` (`--max-pixels`) and an environment variable
+(`EMBEDSERVE_MAX_PIXELS`); the text under a field is its `--help`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Limits", "ServeConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a request may cost. Beyond a limit the answer names it, with status 413 or 429."""
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    """Bytes of one request."""
+
+    max_image_bytes: int = 20 * 1024 * 1024
+    """Bytes of one encoded image, uploaded or fetched."""
+
+    max_pixels: int = 100_000_000
+    """Width times height of one image, checked before it is decoded."""
+
+    max_inputs: int = 2048
+    """Images, texts or items in one request."""
+
+    max_text_bytes: int = 64 * 1024
+    """Bytes of one text, before it is cut to the encoder's context."""
+
+    max_k: int = 1000
+    """Neighbours asked for in one search."""
+
+    queue_size: int = 4096
+    """Inputs that may wait for a tower; beyond it requests are answered 429."""
+
+    fetch_timeout: float = 10.0
+    """Seconds to fetch an image from a URL, redirects included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything `create_app` needs to know."""
+
+    data: Path = Path("embedserve-data")
+    """Folder with the collections and label sets; made when missing."""
+
+    encoder: str = "starter"
+    """'starter' (bundled) or the folder of an encoder bundle."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than loopback needs an API key or --no-auth."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+
+    api_key: tuple[str, ...] = ()
+    """KEY, KEY:read or KEY:write; repeatable. A write key may also read. Plain KEY means write."""
+
+    no_auth: bool = False
+    """Serve other addresses than loopback without any key."""
+
+    threads: int = 0
+    """Threads of one session.run; 0 takes one for each core."""
+
+    max_batch: int = 16
+    """Most inputs that one session.run takes."""
+
+    url_inputs: bool = True
+    """Fetch images given as http(s) URLs. Only public addresses are ever connected to."""
+
+    fetch_networks: tuple[str, ...] = ()
+    """Networks such as 10.0.0.0/8 that URL inputs may reach although they are not public; repeatable."""
+
+    cors_origin: tuple[str, ...] = ()
+    """Origins whose pages may call the API from a browser; repeatable."""
+
+    limits: Limits = field(default_factory=Limits)

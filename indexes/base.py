@@ -1,0 +1,201 @@
+"""What a vector store is: vectors, ids and metadata, searched by inner product.
+
+A store knows no image, no model and no HTTP. Vectors are unit length, so the inner product is the cosine
+similarity and higher is always better. Every engine passes the same conformance suite
+(`tests/indexes/conformance.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Filter",
+    "Hits",
+    "InvalidFilter",
+    "InvalidId",
+    "InvalidMetadata",
+    "InvalidVector",
+    "Item",
+    "Metadata",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreLocked",
+    "VectorStore",
+    "Vectors",
+    "check_ids",
+    "check_vectors",
+]
+
+Vectors = NDArray[np.float32]
+"""float32, shape (n, dim), rows of unit length."""
+
+Metadata = Mapping[str, Any]
+"""A JSON object: strings, numbers, booleans, null, and lists or objects of them."""
+
+Filter = Mapping[str, Any]
+"""A filter as JSON; the language is in `indexes/filters.py`."""
+
+MAX_ID_BYTES = 1024
+
+
+class StoreError(Exception):
+    """Base of the store's errors.
+
+    StoreError
+    ├── InvalidId        empty, too long, or holding a NUL or a lone surrogate
+    ├── InvalidVector    wrong dimension, NaN, infinite, all zeros
+    ├── InvalidMetadata  not a JSON object
+    ├── InvalidFilter    not the filter language
+    ├── StoreLocked      another process has it open
+    └── StoreCorrupt     the truth itself is damaged (a damaged cache is rebuilt silently)
+    """
+
+
+class InvalidId(StoreError): ...
+
+
+class InvalidVector(StoreError): ...
+
+
+class InvalidMetadata(StoreError): ...
+
+
+class InvalidFilter(StoreError): ...
+
+
+class StoreLocked(StoreError): ...
+
+
+class StoreCorrupt(StoreError): ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """The answer to one query, best first. `scores[i]` is the cosine similarity of `ids[i]`."""
+
+    ids: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    metadata: tuple[Metadata, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One stored item. `vector` is float32, shape (dim,)."""
+
+    id: str
+    vector: NDArray[np.float32] = field(repr=False)
+    metadata: Metadata
+
+
+class VectorStore(Protocol):
+    """The few verbs of a store. Engines may be called from several threads at once.
+
+    Every call that writes returns only after the write is durable: a crash right after loses nothing.
+    """
+
+    dim: int
+
+    def upsert(
+        self, ids: Sequence[str], vectors: Vectors, metadata: Sequence[Metadata] | None = None
+    ) -> None:
+        """Writes all items or none. A known id is replaced; of an id given twice the last wins.
+
+        Vectors are stored as float16 and compared as such. Raises InvalidId, InvalidVector, InvalidMetadata.
+        """
+        ...
+
+    def get(self, ids: Sequence[str]) -> dict[str, Item]:
+        """The items that exist, by id; unknown ids are left out."""
+        ...
+
+    def delete(self, ids: Sequence[str] | None = None, *, filter: Filter | None = None) -> int:
+        """Deletes by ids or by filter (exactly one of them) and returns how many items went."""
+        ...
+
+    def count(self, filter: Filter | None = None) -> int:
+        """How many items there are, or how many match."""
+        ...
+
+    def search(
+        self, vectors: Vectors, k: int, *, filter: Filter | None = None, min_score: float | None = None
+    ) -> list[Hits]:
+        """The `k` most similar items for each row of `vectors`; fewer only when fewer match."""
+        ...
+
+    def scan(
+        self, *, after: str | None = None, limit: int = 100, filter: Filter | None = None
+    ) -> Sequence[Item]:
+        """Items in id order (by Unicode code point), those with an id greater than `after`."""
+        ...
+
+    def __iter__(self) -> Iterator[Item]:
+        """All items, in id order, read in pages; items written meanwhile may or may not appear."""
+        ...
+
+    def snapshot(self, path: Path) -> None:
+        """A consistent copy into the new folder `path`, while reads and writes go on."""
+        ...
+
+    def restore(self, path: Path) -> None:
+        """Replaces everything by what `snapshot` wrote to `path`."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, bytes, index type and its measured recall, for people and for /metrics."""
+        ...
+
+    def close(self) -> None:
+        """Finishes writes and releases files. Closing twice is harmless."""
+        ...
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Raises InvalidId for an id that no engine could keep. Slashes, spaces and any script are fine."""
+    for position, name in enumerate(ids):
+        if not isinstance(name, str) or not name:
+            raise InvalidId(f"id {position} is {name!r}; an id is a string of 1 to {MAX_ID_BYTES} bytes.")
+        if "\x00" in name:
+            raise InvalidId(f"id {name[:40]!r} holds a NUL character; remove it.")
+        try:
+            size = len(name.encode())
+        except UnicodeEncodeError:
+            raise InvalidId(
+                f"id {name[:40]!r} is not valid Unicode (a lone surrogate); fix its encoding."
+            ) from None
+        if size > MAX_ID_BYTES:
+            raise InvalidId(
+                f"id '{name[:40]}…' is {size} bytes; allowed are {MAX_ID_BYTES}. Use a shorter id."
+            )
+
+
+def check_vectors(vectors: object, dim: int, *, rows: int | None = None) -> Vectors:
+    """`vectors` as float32 (n, dim) with rows scaled to unit length, or InvalidVector."""
+    try:
+        array = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidVector(f"vectors are not numbers of equal length: {error}.") from None
+    if array.ndim != 2 or array.shape[1] != dim:
+        raise InvalidVector(f"vectors have shape {array.shape}; this store holds rows of {dim} numbers.")
+    if rows is not None and len(array) != rows:
+        raise InvalidVector(f"{len(array)} vectors for {rows} ids; give one vector for each id.")
+    bad = ~np.isfinite(array).all(axis=1)
+    if bad.any():
+        raise InvalidVector(
+            f"vector {int(bad.argmax())} holds NaN or an infinity; every number must be finite."
+        )
+    norms = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
+    if (norms < 1e-12).any():
+        raise InvalidVector(
+            f"vector {int((norms < 1e-12).argmax())} is all zeros; it has no direction to compare."
+        )
+    return np.asarray(array / norms, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Training and export of encoders. Needs torch; serving never imports this package."""
