@@ -50,6 +50,7 @@ __all__ = [
     "open_bundle",
     "pack_vector",
     "seal",
+    "unpack_vector",
 ]
 
 MANIFEST = "encoder.json"
@@ -279,6 +280,22 @@ def seal(folder: Path, description: Description) -> Bundle:
 def pack_vector(vector: NDArray[np.float32]) -> str:
     """base64 of little-endian float32, the form that OpenAI's API and our probes use."""
     return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
+
+
+def unpack_vector(text: str) -> NDArray[np.float32]:
+    """The unit vector that `pack_vector` packed. Raises BundleError if it is not one."""
+    try:
+        vector = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
+    except ValueError:
+        raise BundleError(
+            f"A golden vector in {MANIFEST} is not base64 of float32 values. Export the bundle again."
+        ) from None
+    length = float(np.linalg.norm(vector))
+    if not abs(length - 1) <= 0.01:  # NaN compares false
+        raise BundleError(
+            f"A golden vector in {MANIFEST} has length {length:.3g} instead of 1. Export the bundle again."
+        )
+    return vector
 
 
 def _sha256(path: Path) -> str:

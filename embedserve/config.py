@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-__all__ = ["Limits", "ServeConfig"]
+from cyclopts import Parameter
+
+__all__ = ["Limits", "ServeConfig", "Several", "Switch"]
+
+Switch = Annotated[bool, Parameter(negative=())]
+"""A flag that can only be switched on."""
+
+Several = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+"""A flag that may be given several times; as a variable, its values have spaces between them."""
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a request may cost. Beyond a limit the answer names it, with status 413 or 429."""
@@ -41,6 +51,7 @@ class Limits:
     """Seconds to fetch an image from a URL, redirects included."""
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Everything `create_app` needs to know."""
@@ -57,10 +68,10 @@ class ServeConfig:
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
 
-    api_key: tuple[str, ...] = ()
+    api_key: Several = ()
     """KEY, KEY:read or KEY:write; repeatable. A write key may also read. Plain KEY means write."""
 
-    no_auth: bool = False
+    no_auth: Switch = False
     """Serve other addresses than loopback without any key."""
 
     threads: int = 0
@@ -72,10 +83,10 @@ class ServeConfig:
     url_inputs: bool = True
     """Fetch images given as http(s) URLs. Only public addresses are ever connected to."""
 
-    fetch_networks: tuple[str, ...] = ()
+    fetch_networks: Several = ()
     """Networks such as 10.0.0.0/8 that URL inputs may reach although they are not public; repeatable."""
 
-    cors_origin: tuple[str, ...] = ()
+    cors_origin: Several = ()
     """Origins whose pages may call the API from a browser; repeatable."""
 
     limits: Limits = field(default_factory=Limits)

@@ -7,6 +7,8 @@ similarity and higher is always better. Every engine passes the same conformance
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ __all__ = [
     "InvalidFilter",
     "InvalidId",
     "InvalidMetadata",
+    "InvalidQuery",
     "InvalidVector",
     "Item",
     "Metadata",
@@ -30,6 +33,8 @@ __all__ = [
     "VectorStore",
     "Vectors",
     "check_ids",
+    "check_metadata",
+    "check_query",
     "check_vectors",
 ]
 
@@ -43,6 +48,8 @@ Filter = Mapping[str, Any]
 """A filter as JSON; the language is in `indexes/filters.py`."""
 
 MAX_ID_BYTES = 1024
+MAX_METADATA_BYTES = 1024 * 1024
+MAX_METADATA_DEPTH = 32
 
 
 class StoreError(Exception):
@@ -51,8 +58,9 @@ class StoreError(Exception):
     StoreError
     ├── InvalidId        empty, too long, or holding a NUL or a lone surrogate
     ├── InvalidVector    wrong dimension, NaN, infinite, all zeros
-    ├── InvalidMetadata  not a JSON object
+    ├── InvalidMetadata  not a JSON object, or one that is too large
     ├── InvalidFilter    not the filter language
+    ├── InvalidQuery     k, limit or min_score out of range, or arguments that exclude each other
     ├── StoreLocked      another process has it open
     └── StoreCorrupt     the truth itself is damaged (a damaged cache is rebuilt silently)
     """
@@ -68,6 +76,9 @@ class InvalidMetadata(StoreError): ...
 
 
 class InvalidFilter(StoreError): ...
+
+
+class InvalidQuery(StoreError): ...
 
 
 class StoreLocked(StoreError): ...
@@ -101,6 +112,10 @@ class VectorStore(Protocol):
     """The few verbs of a store. Engines may be called from several threads at once.
 
     Every call that writes returns only after the write is durable: a crash right after loses nothing.
+    A search that begins after a write returned sees it. After `close` every verb raises StoreError.
+
+    A damaged item (its checksum does not match) is never returned: `search`, `scan`, `count` and iteration
+    leave it out, `get` raises StoreCorrupt and names it, `stats` counts it under `corrupt`.
     """
 
     dim: int
@@ -115,11 +130,14 @@ class VectorStore(Protocol):
         ...
 
     def get(self, ids: Sequence[str]) -> dict[str, Item]:
-        """The items that exist, by id; unknown ids are left out."""
+        """The items that exist, by id; unknown ids are left out. Raises InvalidId, StoreCorrupt."""
         ...
 
     def delete(self, ids: Sequence[str] | None = None, *, filter: Filter | None = None) -> int:
-        """Deletes by ids or by filter (exactly one of them) and returns how many items went."""
+        """Deletes by ids or by filter (exactly one of them) and returns how many items went.
+
+        Unknown ids are no error. Raises InvalidId, InvalidFilter, InvalidQuery.
+        """
         ...
 
     def count(self, filter: Filter | None = None) -> int:
@@ -129,7 +147,11 @@ class VectorStore(Protocol):
     def search(
         self, vectors: Vectors, k: int, *, filter: Filter | None = None, min_score: float | None = None
     ) -> list[Hits]:
-        """The `k` most similar items for each row of `vectors`; fewer only when fewer match."""
+        """The `k` most similar items for each row of `vectors`; fewer only when fewer match.
+
+        `vectors` is (q, dim) of any length but zero, scaled to unit length here. Scores lie in -1..1; hits
+        below `min_score` are left out. Raises InvalidVector, InvalidFilter, InvalidQuery.
+        """
         ...
 
     def scan(
@@ -143,11 +165,17 @@ class VectorStore(Protocol):
         ...
 
     def snapshot(self, path: Path) -> None:
-        """A consistent copy into the new folder `path`, while reads and writes go on."""
+        """A consistent copy into the new folder `path`, while reads and writes go on.
+
+        The format is the same for every engine (`indexes/snapshots.py`). Raises StoreError if `path` exists.
+        """
         ...
 
     def restore(self, path: Path) -> None:
-        """Replaces everything by what `snapshot` wrote to `path`."""
+        """Replaces everything by what any engine's `snapshot` wrote to `path`, in one step or not at all.
+
+        Raises StoreError for another dimension or format, StoreCorrupt for a damaged snapshot.
+        """
         ...
 
     def stats(self) -> dict[str, Any]:
@@ -199,3 +227,77 @@ def check_vectors(vectors: object, dim: int, *, rows: int | None = None) -> Vect
             f"vector {int((norms < 1e-12).argmax())} is all zeros; it has no direction to compare."
         )
     return np.asarray(array / norms, dtype=np.float32)
+
+
+def check_metadata(metadata: Sequence[Metadata] | None, rows: int) -> list[str]:
+    """Each item's metadata as JSON text, or InvalidMetadata. None stands for an empty object each.
+
+    Strings hold no NUL and no lone surrogate and integers fit into 64 bits, so that every engine can keep
+    and compare them.
+    """
+    if metadata is None:
+        return ["{}"] * rows
+    if len(metadata) != rows:
+        raise InvalidMetadata(f"{len(metadata)} metadata objects for {rows} ids; give one for each id.")
+    texts = []
+    for position, each in enumerate(metadata):
+        if not isinstance(each, Mapping):
+            raise InvalidMetadata(
+                f"metadata {position} is {type(each).__name__}; it must be a JSON object (a mapping)."
+            )
+        text = json.dumps(_plain(each, f"metadata {position}", 1), ensure_ascii=False, separators=(",", ":"))
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidMetadata(
+                f"metadata {position} holds invalid Unicode (a lone surrogate); fix its encoding."
+            ) from None
+        if size > MAX_METADATA_BYTES:
+            raise InvalidMetadata(
+                f"metadata {position} is {size} bytes of JSON; allowed are {MAX_METADATA_BYTES}. Shorten it."
+            )
+        texts.append(text)
+    return texts
+
+
+def _plain(value: Any, where: str, depth: int) -> Any:
+    """`value` with only JSON's own types, or InvalidMetadata that names the place."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if "\x00" in value:
+            raise InvalidMetadata(f"{where} holds a NUL character; remove it.")
+        return value
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise InvalidMetadata(f"{where} is {value}; integers must fit into 64 bits. Send it as a string.")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidMetadata(f"{where} is {value}; JSON knows no NaN or infinity. Use null or leave it out.")
+        return float(value)
+    if depth > MAX_METADATA_DEPTH:
+        raise InvalidMetadata(f"{where} is nested deeper than {MAX_METADATA_DEPTH} levels; flatten it.")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or "\x00" in key:
+                raise InvalidMetadata(f"{where} has the key {key!r}; keys are strings without NUL.")
+        return {key: _plain(each, f"{where}, field {key!r}", depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, where, depth + 1) for each in value]
+    raise InvalidMetadata(
+        f"{where} is a {type(value).__name__}; use strings, numbers, booleans, null, lists or objects."
+    )
+
+
+def check_query(*, k: object = 1, limit: object = 1, min_score: object = None) -> None:
+    """Raises InvalidQuery for numbers that no search or scan can use."""
+    for name, value in (("k", k), ("limit", limit)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise InvalidQuery(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if min_score is not None and (
+        isinstance(min_score, bool)
+        or not isinstance(min_score, int | float | np.floating)
+        or math.isnan(min_score)
+    ):
+        raise InvalidQuery(f"min_score is {min_score!r}; it must be a number, usually in -1..1, or null.")

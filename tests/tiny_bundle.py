@@ -22,6 +22,7 @@ from embedserve.bundle import (
     Scoring,
     TextTower,
     new_bundle,
+    open_bundle,
     seal,
 )
 

@@ -1,0 +1,175 @@
+"""The encoder behind queues: what the API and the collections await.
+
+bytes → decode, preprocess (thread pool) → image queue → one run ┐
+                                                                 ├→ unit vectors
+texts → token ids ───────────────────────→ text queue  → one run ┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedserve.batcher import Batcher, for_the_user, settle
+from embedserve.config import ServeConfig
+from embedserve.encoder import Encoder, Proof
+from embedserve.errors import EmbedServeError, InvalidField
+from embedserve.graph import available_cores
+
+__all__ = ["Picture", "Towers"]
+
+Pixels = NDArray[np.uint8]
+Vector = NDArray[np.float32]
+S = TypeVar("S")
+
+INLINE_CHARACTERS = 2000
+"""Texts of so many characters together are tokenized at once (0.5 ms); longer ones in a thread."""
+
+REMEMBERED_COUNTS = 8192
+"""Texts whose number of tokens is kept, so that `count_tokens` after `texts` costs nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image's vector, float32 [dim], and its thumbnail as WebP bytes, from one decoding."""
+
+    vector: Vector
+    thumbnail: bytes
+
+
+class Towers:
+    """An encoder, a queue for each of its towers and a thread pool that decodes.
+
+    An input holds a place in its tower's queue from the moment it is accepted, so images that are still to
+    be decoded count as well. All methods raise Busy when there are no places left, NotReady after `close`
+    and InvalidField if the encoder lacks the tower; a bad input is an error in its own place.
+
+    Attributes:
+        encoder: The encoder.
+        queues: The batchers by tower, `image` and `text`; for metrics.
+        proof: What `start` found.
+    """
+
+    def __init__(self, encoder: Encoder, config: ServeConfig) -> None:
+        self.encoder = encoder
+        self.proof: Proof | None = None
+        self._limits = config.limits
+        self._decoders = ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")
+        self._tokenizers = ThreadPoolExecutor(
+            1, thread_name_prefix="tokenize"
+        )  # not behind the decoders' queue
+        self._runners = ThreadPoolExecutor(2, thread_name_prefix="tower")  # one for each queue
+        self._images: Batcher[Pixels, Vector] = Batcher(
+            lambda pixels: list(encoder.embed_images(pixels)),
+            # The encoder would split larger batches, and the first images wait for the last.
+            max_batch=min(config.max_batch, encoder.images_per_run),
+            max_queue=config.limits.queue_size,
+            executor=self._runners,
+        )
+        self._texts: Batcher[list[int], Vector] = Batcher(
+            lambda tokens: list(encoder.embed_texts(tokens)),
+            max_batch=config.max_batch,
+            max_queue=config.limits.queue_size,
+            length=lambda tokens: encoder.tokenizer.padded_length(len(tokens)),
+            executor=self._runners,
+        )
+        self.queues = {"image": self._images, "text": self._texts}
+        self._counts: OrderedDict[int, int] = OrderedDict()
+
+    async def start(self) -> None:
+        """Runs the bundle's probe, which also makes the first request fast. Raises BundleError."""
+        self.proof = await _in_thread(self._runners, self.encoder.prove)
+
+    async def close(self) -> None:
+        """Finishes what was accepted, refuses what comes now, ends the threads."""
+        await asyncio.gather(self._images.close(), self._texts.close())
+        for pool in (self._decoders, self._tokenizers, self._runners):
+            pool.shutdown(wait=False)
+
+    async def image(self, data: bytes) -> Vector:
+        """The unit vector, float32 [dim], of an encoded image.
+
+        Raises:
+            BadRequest, TooLarge, UnsupportedMedia: As `embedserve.decode.decode`.
+        """
+        self.encoder.require_images()
+        with self._images.places(1):
+            return await self._image(data)
+
+    async def images(self, data: Sequence[bytes]) -> list[Vector | EmbedServeError]:
+        """The unit vector or the error of each encoded image, in order."""
+        self.encoder.require_images()
+        with self._images.places(len(data)):
+            return await settle([self._image(one) for one in data])
+
+    async def pictures(self, data: Sequence[bytes]) -> list[Picture | EmbedServeError]:
+        """As `images`, with thumbnails."""
+        self.encoder.require_images()
+        with self._images.places(len(data)):
+            return await settle([self._picture(one) for one in data])
+
+    async def texts(self, texts: Sequence[str | list[int]]) -> list[Vector | EmbedServeError]:
+        """The unit vector or the error of each text, in order. A list of ints is a text in token ids."""
+        with self._texts.places(len(texts)):
+            tokens = await self._tokenize(texts)
+            good = [one for one in tokens if not isinstance(one, EmbedServeError)]
+            vectors = iter(await settle([self._texts.enqueue(one) for one in good]))
+            return [one if isinstance(one, EmbedServeError) else next(vectors) for one in tokens]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens that the encoder sees of `text`: special tokens included, at most the context length."""
+        known = self._counts.get(hash(text))
+        return len(self.encoder.tokenize([text])[0]) if known is None else known
+
+    async def _image(self, data: bytes) -> Vector:
+        pixels = await _in_thread(self._decoders, lambda: self.encoder.read_image(data, self._limits))
+        return await self._images.enqueue(pixels)
+
+    async def _picture(self, data: bytes) -> Picture:
+        pixels, thumbnail = await _in_thread(
+            self._decoders, lambda: self.encoder.read_picture(data, self._limits)
+        )
+        return Picture(await self._images.enqueue(pixels), thumbnail)
+
+    async def _tokenize(self, texts: Sequence[str | list[int]]) -> list[list[int] | EmbedServeError]:
+        tokenizer = self.encoder.tokenizer
+        words = [text for text in texts if isinstance(text, str)]
+        if sum(map(len, words)) <= INLINE_CHARACTERS:
+            encoded = tokenizer.encode(words)
+        else:
+            encoded = await _in_thread(self._tokenizers, lambda: tokenizer.encode(words))
+        self._remember(words, encoded)
+        ready = iter(encoded)
+        results: list[list[int] | EmbedServeError] = []
+        for text in texts:
+            try:
+                results.append(_not_empty(next(ready)) if isinstance(text, str) else tokenizer.accept(text))
+            except EmbedServeError as error:
+                results.append(error)
+        return results
+
+    def _remember(self, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> None:
+        for text, tokens in zip(texts, encoded, strict=True):
+            self._counts[hash(text)] = len(tokens)
+        while len(self._counts) > REMEMBERED_COUNTS:
+            self._counts.popitem(last=False)
+
+
+def _not_empty(tokens: list[int]) -> list[int]:
+    if not tokens:  # only with tokenizers that add no special tokens
+        raise InvalidField("The text is empty for this encoder; send at least one word.")
+    return tokens
+
+
+async def _in_thread(pool: ThreadPoolExecutor, work: Callable[[], S]) -> S:
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    except Exception as error:
+        raise for_the_user(error) from error
