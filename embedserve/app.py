@@ -21,6 +21,7 @@ from embedserve.api import (
     openapi,
     page,
     search,
+    upserts,
 )
 from embedserve.api.services import Services
 from embedserve.classify import Classifier, LabelSets
@@ -39,6 +40,7 @@ ROUTERS = (
     embed.router,
     classify.router,
     collections.router,
+    upserts.router,
     items.router,
     search.router,
     health.router,
@@ -70,7 +72,7 @@ def create_app(config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    failures.install(app)
+    failures.install(app, [*ROUTERS, page.router])
     for router in ROUTERS:
         app.include_router(router)
     page.install(app)
@@ -108,7 +110,7 @@ def _middleware(config: ServeConfig, metrics: Metrics) -> list[Middleware]:
     if config.cors_origin:
         layers.append(
             Middleware(
-                CORSMiddleware,  # outside the guard: a preflight carries no key, and refusals need its headers
+                CORSMiddleware,  # outside the guard: a preflight has no key, and refusals need its headers
                 allow_origins=list(config.cors_origin),
                 allow_methods=["GET", "POST", "PUT", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],

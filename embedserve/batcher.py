@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 SHORT = 8
 """Lengths up to this count as alike: so short a text costs the same whatever its length."""
 
+LOOK_AHEAD = 32
+"""Batches' worth of the oldest items, among which those of like length are looked for."""
+
 LONGEST_WAIT = 60
 """Seconds; the most that `Busy.retry_after` says."""
 
@@ -181,7 +184,8 @@ class Batcher(Generic[T, R]):
         if self._length is None:
             chosen = list(islice(self._queue, self._max_batch))
         else:
-            lengths = {future: max(self._length(item), SHORT) for future, item in self._queue.items()}
+            near = islice(self._queue.items(), LOOK_AHEAD * self._max_batch)
+            lengths = {future: max(self._length(item), SHORT) for future, item in near}
             oldest = lengths[next(iter(lengths))]
             # Beyond twice the length a batch mostly computes padding, and its own turn comes soon enough.
             alike = [one for one, size in lengths.items() if max(size, oldest) <= 2 * min(size, oldest)]

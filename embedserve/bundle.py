@@ -58,7 +58,7 @@ MANIFEST = "encoder.json"
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not name:
+    if path.is_absolute() or ".." in path.parts or set(name) & {"\\", "\0"} or not path.parts:
         raise ValueError(f"'{name}' leaves the bundle's folder")
     return name
 
@@ -250,15 +250,19 @@ def new_bundle(out: Path) -> Iterator[Path]:
         raise BundleError(f"'{out}' exists and is not an encoder bundle; choose another --out or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    replaced = folder.with_name(f"{folder.name}-replaced")
     try:
         yield folder
         open_bundle(folder)
         folder.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+        if (out / MANIFEST).is_file():
+            out.rename(replaced)
+        folder.rename(out)  # over an empty folder this works as well
     finally:
+        if replaced.exists() and not out.exists():  # put it back
+            replaced.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def seal(folder: Path, description: Description) -> Bundle:

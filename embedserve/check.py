@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -92,12 +93,9 @@ def resident_bytes() -> int:
     """Memory that this process has in RAM now; on systems other than Linux the most it ever had."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         pass
-    else:
-        import resource
-
-        return pages * resource.getpagesize()
     if sys.platform == "win32":
         return 0
     import resource

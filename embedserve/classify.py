@@ -116,8 +116,8 @@ def check_labels(
             )
         if max(map(len, [label, *prompts])) > MAX_LABEL_CHARACTERS:
             raise TooLarge(
-                f"The label '{label[:40]}…' or a prompt of it is longer than {MAX_LABEL_CHARACTERS} characters; "
-                "a label is a few words.",
+                f"The label '{label[:40]}…' or a prompt of it is longer than {MAX_LABEL_CHARACTERS} "
+                "characters; a label is a few words.",
                 param="labels",
             )
         labels[label] = prompts
@@ -125,7 +125,7 @@ def check_labels(
 
 
 def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
-    """The templates, or the default ones for None. Raises InvalidField unless each holds `{}` exactly once."""
+    """The templates; the default ones for None. Raises InvalidField unless each holds `{}` exactly once."""
     if templates is None:
         return DEFAULT_TEMPLATES
     if not 1 <= len(templates) <= MAX_TEMPLATES:
@@ -137,8 +137,8 @@ def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
     for index, template in enumerate(templates):
         if template.count("{}") != 1 or len(template) > MAX_LABEL_CHARACTERS:
             raise InvalidField(
-                f"'templates[{index}]' is '{template[:80]}'; a template holds {{}} exactly once, where the label "
-                f"goes, as in 'a photo of {{}}.', and is at most {MAX_LABEL_CHARACTERS} characters long.",
+                f"'templates[{index}]' is '{template[:80]}'; a template holds {{}} exactly once, where the "
+                f"label goes, as in 'a photo of {{}}.', and has at most {MAX_LABEL_CHARACTERS} characters.",
                 param=f"templates[{index}]",
             )
     return tuple(templates)
@@ -169,14 +169,15 @@ class Classifier:
         """Raises InvalidField for an encoder without a text tower, naming the way that remains."""
         if not self._towers.encoder.has_text:
             raise InvalidField(
-                f"The encoder '{self._towers.encoder.name}' has no text tower, so it cannot compare images with "
-                "words. Put labelled images in a collection and ask POST /v1/collections/{name}/classify.",
+                f"The encoder '{self._towers.encoder.name}' has no text tower, so it cannot compare images "
+                "with words. Put labelled images in a collection and ask "
+                "POST /v1/collections/{name}/classify.",
                 param="labels",
                 code="no_text_tower",
             )
 
     async def label_vectors(self, labels: Mapping[str, Sequence[str]], templates: Sequence[str]) -> Vectors:
-        """Unit vectors, float32 (labels, dim), in the labels' order; those known from before are not computed.
+        """Unit vectors, float32 (labels, dim), in the labels' order. Those known already are not computed.
 
         Raises InvalidField (no text tower), TooLarge (too many prompts), Busy.
         """
@@ -184,8 +185,8 @@ class Classifier:
         prompts_each = sum(len(prompts) for prompts in labels.values()) * len(templates)
         if prompts_each > MAX_PROMPTS:
             raise TooLarge(
-                f"The labels' prompts times the templates make {prompts_each} texts; at most {MAX_PROMPTS} are "
-                "embedded at once. Use fewer templates, or classify in two steps.",
+                f"The labels' prompts times the templates make {prompts_each} texts; at most {MAX_PROMPTS} "
+                "are embedded at once. Use fewer templates, or classify in two steps.",
                 param="labels",
             )
         frame = tuple(templates)
@@ -370,8 +371,8 @@ class LabelSets:
     def _path(self, name: str) -> Path:
         if not NAME.fullmatch(name):
             raise InvalidField(
-                f"'{name[:80]}' cannot name a label set; use 1 to 64 of a-z, 0-9, - and _, beginning with a letter "
-                "or digit.",
+                f"'{name[:80]}' cannot name a label set; use 1 to 64 of a-z, 0-9, - and _, beginning with a "
+                "letter or digit.",
                 param="name",
             )
         return self._folder / f"{name}.json"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx2
 import numpy as np
@@ -51,6 +51,9 @@ ImageInput = Path | bytes | str
 
 Vector = NDArray[np.float32]
 
+IDS_IN_URL = 20
+"""An id has at most 1 kB; servers and proxies take URLs of some 8 to 64 kB."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
@@ -69,6 +72,8 @@ class Client:
         api_key: Sent as a bearer token.
         timeout: Seconds without a byte before a request is given up.
         patience: Seconds to keep trying in all while the server answers 429 or 503, as it asks (Retry-After).
+
+    Raises BadRequest for a URL that is none; every call raises NotReady when no server answers there.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Client:
         timeout: float = 120.0,
         patience: float = 30.0,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = _checked(url)
         self.patience = patience
         self._api_key = api_key
         self._timeout = timeout
@@ -97,15 +102,12 @@ class Client:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             transport = None if self._config is None else await _in_process(self._config, stack)
-            try:
-                http = httpx2.AsyncClient(
-                    base_url=self.url,
-                    timeout=self._timeout,
-                    transport=transport,
-                    headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else None,
-                )
-            except (httpx2.InvalidURL, ValueError) as error:
-                raise BadRequest(f"'{self.url}' is not a URL ({error}); use http://HOST:PORT.") from None
+            http = httpx2.AsyncClient(
+                base_url=self.url,
+                timeout=self._timeout,
+                transport=transport,
+                headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else None,
+            )
             self._http = await stack.enter_async_context(http)
             self._stack = stack.pop_all()
         return self
@@ -211,7 +213,7 @@ class Client:
 
     async def upsert(self, collection: str, items: Sequence[JsonObject]) -> Upserted:
         """Writes items of any kind: {"id", "image" | "text" | "vector", "metadata"}."""
-        body = {"items": [{**one, "image": _image(one["image"])} if "image" in one else one for one in items]}
+        body = {"items": [_part(one) for one in items]}
         response = await self._request(
             "POST", f"/v1/collections/{_segment(collection)}/items", json=body, partial=True
         )
@@ -249,6 +251,20 @@ class Client:
     async def delete_item(self, collection: str, id: str) -> None:
         await self._request("DELETE", _item_path(collection, "items", id))
 
+    async def delete_items(
+        self, collection: str, ids: Sequence[str] | None = None, *, filter: JsonObject | None = None
+    ) -> int:
+        """Deletes by ids, or all items that match, and returns how many went. Unknown ids do not count."""
+        path = f"/v1/collections/{_segment(collection)}/items"
+        if filter is not None:
+            params = {"filter": json.dumps(filter)}
+            return int(object_of(await self._request("DELETE", path, params=params))["deleted"])
+        deleted = 0
+        for start in range(0, len(ids or ()), IDS_IN_URL):
+            part = {"id": list(ids or ())[start : start + IDS_IN_URL]}
+            deleted += int(object_of(await self._request("DELETE", path, params=part))["deleted"])
+        return deleted
+
     async def thumbnail(self, collection: str, id: str) -> bytes:
         """The item's picture as WebP."""
         return (await self._request("GET", _item_path(collection, "thumbnails", id))).content
@@ -275,7 +291,7 @@ class Client:
             text=text,
             id=id,
             vector=vector,
-            query=query,
+            query=None if query is None else [_part(one) for one in query],
             k=k,
             filter=filter,
             min_score=min_score,
@@ -286,11 +302,21 @@ class Client:
         response = await self._request("POST", f"/v1/collections/{_segment(collection)}/search", json=body)
         return cast(Search, object_of(response))
 
-    async def vote(self, collection: str, body: JsonObject) -> JsonObject:
-        """k-NN classification by a metadata field of the collection's items."""
-        return object_of(
-            await self._request("POST", f"/v1/collections/{_segment(collection)}/classify", json=body)
-        )
+    async def vote(
+        self,
+        collection: str,
+        field: str,
+        *,
+        images: Sequence[ImageInput] = (),
+        ids: Sequence[str] = (),
+        k: int | None = None,
+        filter: JsonObject | None = None,
+    ) -> Classified:
+        """k-NN labels for images, then for items: their neighbours vote with the metadata `field`."""
+        body = _given(field=field, ids=list(ids), k=k, filter=filter)
+        body["images"] = [_image(one) for one in images]
+        path = f"/v1/collections/{_segment(collection)}/classify"
+        return cast(Classified, object_of(await self._request("POST", path, json=body, partial=True)))
 
     async def duplicates(
         self, collection: str, *, threshold: float | None = None, limit: int | None = None
@@ -327,9 +353,7 @@ class Client:
             if response.is_success or (partial and "results" in body_of(response)):
                 return response
             failure = failure_of(response)
-            # A locked data folder stays locked for as long as the other server runs.
-            again = isinstance(failure, Busy | NotReady) and failure.code != "store_locked"
-            if not again or left <= 0:
+            if not isinstance(failure, Busy | NotReady) or left <= 0:
                 raise failure
             wait = min(left, retry_after(response) or delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             await asyncio.sleep(wait)
@@ -350,6 +374,17 @@ class Client:
 
 
 # ---- requests ----------------------------------------------------------------------------------------
+
+
+def _checked(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
+    except ValueError:
+        good = False
+    if not good:
+        raise BadRequest(f"'{url}' is not a server's URL; use http://HOST:PORT, as in http://127.0.0.1:8000.")
+    return url.rstrip("/")
 
 
 def _given(**fields: object) -> dict[str, Any]:
@@ -378,8 +413,12 @@ def _image(image: ImageInput) -> str:
 
 def _embed_input(one: ImageInput | JsonObject) -> JsonObject:
     if isinstance(one, Mapping):
-        return {**one, "image": _image(one["image"])} if "image" in one else one
+        return _part(one)
     return {"image": _image(one)}
+
+
+def _part(one: JsonObject) -> JsonObject:
+    return {**one, "image": _image(one["image"])} if "image" in one else one
 
 
 def _media_type(name: str) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from embedserve import query as queries
 from embedserve.config import Limits
 from embedserve.errors import EmbedServeError, InvalidField, TooLarge
+from embedserve.gate import Gate
 from embedserve.intake import (
     Draft,
     check_field,
@@ -43,6 +44,7 @@ from embedserve.items import (
     Thumbnail,
     item_of,
 )
+from embedserve.query import each_or_all
 from embedserve.ranking import Links, field_value, mix
 from embedserve.shelf import Shelf, translate, unknown_item
 from embedserve.towers import Towers
@@ -56,8 +58,10 @@ Metadata = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
 
-LINKS = 64
-"""Nearest neighbours that `duplicates` looks at for each item."""
+MAX_PAGE = 10_000
+"""Items of one `scan`."""
+FEW_LINKS, LINKS = 7, 64
+"""Nearest neighbours that `duplicates` looks at for each item, and for one with more than a few."""
 BLOCK = 256
 """Items that `duplicates` compares at once; between blocks it can be cancelled."""
 ROUNDING = 5e-4
@@ -87,7 +91,7 @@ class Collection:
         self._towers = towers
         self._limits = limits
         self._executor = executor
-        self._gate = _Gate()
+        self._gate = Gate()
         self._comparing = asyncio.Lock()
         self._collector: asyncio.Task[None] | None = None
         self._collect_again = False
@@ -133,7 +137,7 @@ class Collection:
     async def delete(self, ids: Sequence[str] | None = None, *, filter: Metadata | None = None) -> int:
         """Deletes by ids or by filter (exactly one of them; `{}` matches all) and returns how many went."""
         with self._gate.entered():
-            check_one_of({"ids": ids, "filter": filter}, "the deletion")
+            check_one_of({"ids": ids, "filter": filter}, "A deletion")
             if ids is not None:
                 self._check_number(ids, "ids")
             gone = await self._thread(partial(self._shelf.delete, ids, filter))
@@ -155,7 +159,7 @@ class Collection:
     ) -> list[StoredItem]:
         """Items in id order (by code point), those behind the id `after`."""
         with self._gate.entered():
-            check_whole(limit, "limit", self._limits.max_k)
+            check_whole(limit, "limit", MAX_PAGE)
             if after is not None:
                 check_id(after, "after")
             page = await self._thread(partial(self._store.scan, after=after, limit=limit, filter=filter))
@@ -265,6 +269,7 @@ class Collection:
                     partial(self._link, links, after, min(threshold, 1 - ROUNDING), filter)
                 ):
                     scanned, after = scanned + len(page), page[-1]
+                    self._gate.check()  # closing need not wait for this one
             groups = await self._thread(links.groups)
             return Duplicates(
                 groups=tuple(DuplicateGroup(*group) for group in groups[:limit]),
@@ -292,18 +297,19 @@ class Collection:
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._gate.leave))
         try:
             return await asyncio.wrap_future(future)
-        except StoreError as error:
+        except (StoreError, OSError, sqlite3.Error) as error:
             raise translate(error, self.name) from error
 
     async def _embed(self, drafts: Sequence[Draft]) -> None:
         images = [draft for draft in drafts if draft.image is not None]
         texts = [draft for draft in drafts if draft.text is not None]
         if texts:
-            vectors = await self._towers.texts([draft.text or "" for draft in texts])
+            vectors = await each_or_all(self._towers.texts([draft.text or "" for draft in texts]), len(texts))
             for draft, vector in zip(texts, vectors, strict=True):
                 draft.take(vector, "text")
         if images:
-            pictures = await self._towers.pictures([draft.image or b"" for draft in images])
+            encoded = [draft.image or b"" for draft in images]
+            pictures = await each_or_all(self._towers.pictures(encoded), len(images))
             for draft, picture in zip(images, pictures, strict=True):
                 if isinstance(picture, EmbedServeError):
                     draft.take(picture, "image")
@@ -318,7 +324,7 @@ class Collection:
     async def _mixed(self, parts: Sequence[Part]) -> Vector:
         if not parts:
             raise InvalidField(
-                "the query is empty; give an image, a text, an id or a vector, or a list of them.",
+                "The query is empty; give an image, a text, an id or a vector, or a list of them.",
                 param="query",
             )
         self._check_number(parts, "query")
@@ -374,54 +380,19 @@ class Collection:
     def _link(self, links: Links, after: str | None, threshold: float, filter: Metadata | None) -> list[str]:
         """Links one block of items with their neighbours, and returns the block's ids."""
         page = self._store.scan(after=after, limit=BLOCK, filter=filter)
-        if page:
-            vectors = np.stack([item.vector for item in page])
-            found = self._store.search(vectors, LINKS + 1, filter=filter, min_score=threshold)
-            for item, hits in zip(page, found, strict=True):
+        rest = list(page)
+        for k in (FEW_LINKS + 1, LINKS + 1):  # each finds itself as well
+            if not rest:
+                break
+            vectors = np.stack([item.vector for item in rest])
+            found = self._store.search(vectors, k, filter=filter, min_score=threshold)
+            for item, hits in zip(rest, found, strict=True):
                 for name, score in zip(hits.ids, hits.scores, strict=True):
                     if name != item.id:
                         links.add(item.id, name, min(1.0, score))
+            # Most items have few or no duplicates, and neighbours cost a look-up each.
+            rest = [item for item, hits in zip(rest, found, strict=True) if len(hits) == k]
         return [item.id for item in page]
-
-
-class _Gate:
-    """Counts who is inside, lets nobody in once shut, and waits until all have left. Event loop only."""
-
-    def __init__(self) -> None:
-        self._inside = 0
-        self._left = asyncio.Event()
-        self._closed: Callable[[], EmbedServeError] | None = None
-
-    def is_open(self) -> bool:
-        return self._closed is None
-
-    def enter(self) -> None:
-        """Goes in whatever the sign says, for work that belongs to somebody inside."""
-        self._inside += 1
-
-    def leave(self) -> None:
-        self._inside -= 1
-        if not self._inside:
-            self._left.set()
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        if self._closed:
-            raise self._closed()
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    async def shut(self, why: Callable[[], EmbedServeError]) -> None:
-        self._closed = why
-        await self.empty()
-
-    async def empty(self) -> None:
-        while self._inside:
-            self._left.clear()
-            await self._left.wait()
 
 
 def _labels(value: object) -> tuple[str | int | float | bool, ...]:

@@ -143,6 +143,7 @@ class Library:
         except (NotFound, NotReady):
             raise
         except EmbedServeError as error:
+            self._existing(name)  # it may just have been dropped
             known["problem"] = str(error)
         return CollectionInfo(name=name, bytes=await self._thread(partial(_bytes, folder)), **known)
 
@@ -163,9 +164,8 @@ class Library:
         while self._tasks:
             await asyncio.wait(self._tasks)
         opened, self._opened = self._opened, {}
-        results = await asyncio.gather(
-            *(one.close(_closing) for one in opened.values()), return_exceptions=True
-        )
+        closes = (one.close(_closing) for one in opened.values())
+        results = await asyncio.gather(*closes, return_exceptions=True)
         self._executor.shutdown(wait=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -206,9 +206,7 @@ class Library:
         folder = self._existing(name)
         opened = self._opened.pop(name, None)
         if opened is not None:
-            await opened.close(
-                NotFound(f"collection '{name}' has been deleted.", code="collection_not_found")
-            )
+            await opened.close(partial(_deleted, name))
         await self._thread(partial(_remove, folder, opened is None))
 
     # --- in a thread ------------------------------------------------------------------------------------
@@ -254,7 +252,7 @@ class Library:
     def _existing(self, name: str) -> Path:
         if not records.is_name(name) or not (self.folder / name).is_dir():
             raise NotFound(
-                f"collection '{name[:80]}' does not exist; {closest(name, self.names())} "
+                f"Collection '{name[:80]}' does not exist; {closest(name, self.names())} "
                 "Make it with PUT /v1/collections/{name}.",
                 code="collection_not_found",
             )
@@ -267,7 +265,7 @@ class Library:
         theirs = f"'{record.encoder}' ({record.fingerprint[:8]}, {record.dim} numbers)"
         ours = f"'{bundle.name}' ({bundle.fingerprint[:8]}, {bundle.dim} numbers)"
         raise Conflict(
-            f"collection '{name}' was made with the encoder {theirs}, this server runs {ours}, and their "
+            f"Collection '{name}' was made with the encoder {theirs}, this server runs {ours}, and their "
             f"vectors cannot be compared. Serve it with --encoder {record.encoder}, or index its images into "
             "a new collection.",
             code="encoder_mismatch",
@@ -279,11 +277,11 @@ class Library:
 
 
 def _deleted(name: str) -> NotFound:
-    return NotFound(f"collection '{name}' has been deleted.", code="collection_not_found")
+    return NotFound(f"Collection '{name}' has been deleted.", code="collection_not_found")
 
 
 def _closing() -> NotReady:
-    return NotReady("the server is shutting down; try again in a moment.")
+    return NotReady("The server is shutting down; try again in a moment.")
 
 
 def _remove(folder: Path, check_lock: bool) -> None:

@@ -110,9 +110,14 @@ def rasterise(svg: Path, size: int = SIZE) -> bytes:
     )
 
 
-async def build_demo(client: Client, *, progress: Progress = lambda done, total: None) -> IngestReport:
-    """Makes the collection `openmoji`, or adds what is missing of it."""
-    every = await asyncio.to_thread(drawings)
+async def build_demo(
+    client: Client,
+    every: Sequence[Drawing] | None = None,
+    *,
+    progress: Progress = lambda done, total: None,
+) -> IngestReport:
+    """Makes the collection `openmoji` of `every` drawing (by default all), or adds what is missing of it."""
+    every = await asyncio.to_thread(drawings) if every is None else every
     await client.create_collection(
         COLLECTION,
         description="Emoji drawn by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0.",

@@ -149,7 +149,8 @@ class Encoder:
 
         Raises:
             InvalidField: The encoder has no image tower, or an array is not what `read_image` gives.
-            EmbedServeError: A vector is not of unit length (NaN, infinite, zero), code `no_direction`.
+            InvalidField: A vector is all zeros, code `no_direction`.
+            EmbedServeError: A vector is NaN, infinite or not of unit length, code `no_direction`.
             BundleError: The graph's output is not what the bundle promises.
         """
         tower = self._require_images()
@@ -254,7 +255,10 @@ class Encoder:
         lengths = np.linalg.norm(vectors, axis=1)
         bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))  # NaN compares false
         if len(bad):
-            raise EmbedServeError(
+            # All zeros is what an input gives that holds nothing the encoder knows (padding alone, say); NaN is
+            # trouble of the encoder's own.
+            failure = InvalidField if lengths[bad[0]] == 0 else EmbedServeError
+            raise failure(
                 f"The encoder '{self.name}' gave a vector of length {lengths[bad[0]]:.3g} instead of 1 for "
                 f"input {bad[0]}, so it cannot be compared. If other inputs work, this one holds nothing the "
                 "encoder knows; if none do, run `embedserve check` on the bundle.",

@@ -69,6 +69,7 @@ class Fetcher:
         # Their own threads: names that take long to resolve must not hold up asyncio's shared ones.
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="resolve")
         self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=httpcore2.default_ssl_context(),  # certificates are read once, not per connection
             max_connections=64,
             max_keepalive_connections=16,
             keepalive_expiry=5.0,
@@ -177,7 +178,7 @@ class _GuardedBackend(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         try:
             found = await self._resolve(host.strip("[]"), port)
-        except (OSError, UnicodeError, OverflowError):  # unknown, no host name, no port
+        except (OSError, UnicodeError):  # unknown, no host name, no port
             found = []
         if not found:
             raise BadRequest(
@@ -223,9 +224,9 @@ _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
 _NOT_PUBLIC = tuple(
     ip_network(text)
-    # Reserved since this Python's ipaddress was written, or missing in it: documentation, segment routing
-    # (RFC 9637, RFC 9602), and the retired 6to4 relays (RFC 7526).
-    for text in ("3fff::/20", "5f00::/16", "192.88.99.0/24")
+    # What ipaddress leaves out: IETF protocol assignments (RFC 6890), retired 6to4 relays (RFC 7526),
+    # documentation (RFC 9637).
+    for text in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
 )
 
 
@@ -276,7 +277,7 @@ def _networks(texts: Sequence[str]) -> list[_Network]:
 def _checked(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
     """The URL that `text` means, relative to `base`, if it is one to fetch at all."""
     shown = text if len(text) <= 80 else f"{text[:77]}..."
-    where = "The URL" if base is None else f"'{base.host}' redirects to"
+    where = "The URL is" if base is None else f"'{base.host}' redirects to"
     if len(text) > MAX_URL:
         raise BadRequest(f"The URL has {len(text):,} characters; the limit is {MAX_URL:,}.", code="bad_url")
     try:
@@ -289,6 +290,8 @@ def _checked(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
             "Upload the image instead.",
             code="bad_url",
         )
+    if url.port is not None and not 0 < url.port < 65536:
+        raise BadRequest(f"{where} '{shown}', whose port {url.port} is not in 1..65535.", code="bad_url")
     if url.userinfo:
         raise Forbidden(
             f"The URL on '{url.host}' carries a user name or password, which is never sent on. "

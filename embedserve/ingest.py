@@ -217,6 +217,4 @@ async def _prune(client: Client, collection: str, tree: Walk, known: Mapping[str
         and name not in seen
         and not name.startswith(tuple(tree.unreadable))
     ]
-    for name in gone:
-        await client.delete_item(collection, name)
-    return len(gone)
+    return await client.delete_items(collection, gone)

@@ -64,7 +64,7 @@ class Draft:
             self.error, self.image, self.text = error, None, None
 
     def _check(self, item: NewItem, dim: int) -> None:
-        check_one_of({"image": item.image, "text": item.text, "vector": item.vector}, "the item")
+        check_one_of({"image": item.image, "text": item.text, "vector": item.vector}, "The item")
         self.metadata = check_metadata(item.metadata)
         if item.image is not None:
             self.kind, self.image = "image", item.image
@@ -72,7 +72,7 @@ class Draft:
             content = item.image
         elif item.text is not None:
             if not item.text.strip():
-                raise InvalidField("the text is empty; give at least one word.", param="text")
+                raise InvalidField("The text is empty; give at least one word.", param="text")
             self.kind, self.text = "text", item.text
             content = item.text.encode(errors="surrogatepass")
         else:
@@ -99,7 +99,7 @@ def check_id(id: str, param: str = "id") -> str:
     try:
         check_ids([id])
     except InvalidId as error:
-        raise InvalidField(str(error).replace("id 0 is", "the id is", 1), param=param) from None
+        raise InvalidField(str(error).replace("id 0 is", "The id is", 1), param=param) from None
     return id
 
 
@@ -115,20 +115,24 @@ def is_id(id: str) -> bool:
 def check_vector(vector: object, dim: int) -> NDArray[np.float32]:
     """`vector` as float32 (dim,) of unit length, else InvalidField."""
     try:
-        array = np.asarray(vector, dtype=np.float32)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidField(f"the vector is not a list of {dim} numbers.", param="vector") from None
+        given = np.asarray(vector)
+    except ValueError:  # lists of different lengths
+        given = np.empty(0, dtype=object)
+    if given.dtype.kind not in "fiu":
+        raise InvalidField(f"The vector is not a list of {dim} numbers.", param="vector")
+    with np.errstate(over="ignore"):  # becomes infinite, and is told so below
+        array = given.astype(np.float32)
     if array.shape != (dim,):
         found = f"{array.shape[0]} numbers" if array.ndim == 1 else f"the shape {array.shape}"
         raise InvalidField(
-            f"the vector has {found}; this collection holds vectors of {dim}. "
+            f"The vector has {found}; this collection holds vectors of {dim}. "
             "Send vectors that the same encoder made.",
             param="vector",
         )
     try:
         unit: NDArray[np.float32] = check_vectors(array[None], dim)[0]
     except InvalidVector as error:
-        raise InvalidField(str(error).replace("vector 0", "the vector", 1), param="vector") from None
+        raise InvalidField(str(error).replace("vector 0", "The vector", 1), param="vector") from None
     return unit
 
 
@@ -136,24 +140,24 @@ def check_metadata(metadata: object) -> dict[str, Any]:
     """`metadata` as the JSON object it will be read back as. Raises InvalidField or TooLarge."""
     if not isinstance(metadata, Mapping):
         raise InvalidField(
-            f'metadata is {_kind_of(metadata)}; it must be an object such as {{"colour": "red"}}.',
+            f'Metadata is {_kind_of(metadata)}; it must be an object such as {{"colour": "red"}}.',
             param="metadata",
         )
     for key in metadata:
         if not isinstance(key, str) or key[:1] in {"_", "$"}:
             raise InvalidField(
-                f"metadata key {key!r} is not allowed: keys are strings, and those that start with "
+                f"Metadata key {key!r} is not allowed: keys are strings, and those that start with "
                 "'_' or '$' are reserved. Rename it.",
                 param="metadata",
             )
     try:
         (text,) = store_metadata([metadata], 1)
     except InvalidMetadata as error:
-        raise InvalidField(str(error).replace("metadata 0", "metadata", 1), param="metadata") from None
+        raise InvalidField(str(error).replace("metadata 0", "Metadata", 1), param="metadata") from None
     size = len(text.encode())
     if size > MAX_METADATA_BYTES:
         raise TooLarge(
-            f"metadata is {size:,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are allowed. "
+            f"Metadata is {size:,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are allowed. "
             "Store large values elsewhere and keep a reference.",
             param="metadata",
         )
@@ -175,17 +179,19 @@ def check_one_of(given: Mapping[str, object | None], what: str) -> str:
 
 def check_range(value: float, param: str, low: float, high: float) -> None:
     if not _is_number(value) or not low <= value <= high:
-        raise InvalidField(f"{param} is {value!r}; it must be a number from {low} to {high}.", param=param)
+        raise InvalidField(f"'{param}' is {value!r}; it must be a number from {low} to {high}.", param=param)
 
 
 def check_whole(value: int, param: str, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-        raise InvalidField(f"{param} is {value!r}; it must be a whole number from 1 to {high}.", param=param)
+        raise InvalidField(
+            f"'{param}' is {value!r}; it must be a whole number from 1 to {high}.", param=param
+        )
 
 
 def check_weight(value: float, param: str) -> float:
     if not _is_number(value):
-        raise InvalidField(f"{param} is {value!r}; it must be a finite number.", param=param)
+        raise InvalidField(f"'{param}' is {value!r}; it must be a finite number.", param=param)
     return float(value)
 
 
@@ -193,7 +199,7 @@ def check_field(field: str, param: str) -> None:
     """The name of a metadata field, to group or vote by."""
     if not isinstance(field, str) or not field or field.startswith("$"):
         raise InvalidField(
-            f"{param} is {field!r}; it must name a metadata field, such as 'category'.", param=param
+            f"'{param}' is {field!r}; it must name a metadata field, such as 'category'.", param=param
         )
 
 

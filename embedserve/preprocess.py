@@ -25,7 +25,9 @@ _INTERPOLATION = {
 
 OVERSAMPLING = 2
 """A JPEG keeps this many times the pixels that the encoder sees; the antialiased resize does the rest.
-Measured with `python -m benchmarks.decode`: 1 costs visible quality, 2 hardly any, 4 hardly saves time."""
+Its inverse transform at 1/2, 1/4 and 1/8 drops frequencies sharply, which shows in fine lines. Measured on 37
+large JPEGs (drawings, photographs, collages; EfficientNet-Lite0 features less their mean), worst cosine to
+the unshrunk image: .983 at 1, .9965 at 2, .9996 at 4. `python -m benchmarks.decode` gives the times."""
 
 
 def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:

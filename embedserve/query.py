@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Container, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from embedserve.shelf import unknown_item
 from embedserve.towers import Towers
 from indexes.base import Hits, VectorStore
 
-__all__ = ["embed", "find", "ranked"]
+__all__ = ["each_or_all", "embed", "find", "ranked"]
 
+T = TypeVar("T")
 Vector = NDArray[np.float32]
 Lookup = Callable[[Sequence[str]], Awaitable[Mapping[str, Vector]]]
 """ids → the vectors of those that exist."""
@@ -39,9 +40,9 @@ async def embed(parts: Sequence[Part], towers: Towers, lookup: Lookup) -> list[V
     for position, part in enumerate(parts):
         try:
             given = {"image": part.image, "text": part.text, "id": part.id, "vector": part.vector}
-            kind = check_one_of(given, "this part of the query" if len(parts) > 1 else "the query")
+            kind = check_one_of(given, "This part of the query" if len(parts) > 1 else "The query")
             if kind == "text" and not (part.text or "").strip():
-                raise InvalidField("the text is empty; give at least one word.", param="text")
+                raise InvalidField("The text is empty; give at least one word.", param="text")
             if kind == "vector":
                 answers[position] = check_vector(part.vector, towers.encoder.dim)
             else:
@@ -54,10 +55,12 @@ async def embed(parts: Sequence[Part], towers: Towers, lookup: Lookup) -> list[V
             answers[position] = result.at(kind) if isinstance(result, EmbedServeError) else result
 
     async def images() -> None:
-        fill("image", await towers.images([parts[i].image or b"" for i in where["image"]]))
+        encoded = [parts[i].image or b"" for i in where["image"]]
+        fill("image", await each_or_all(towers.images(encoded), len(encoded)))
 
     async def texts() -> None:
-        fill("text", await towers.texts([parts[i].text or "" for i in where["text"]]))
+        words = [parts[i].text or "" for i in where["text"]]
+        fill("text", await each_or_all(towers.texts(words), len(words)))
 
     async def ids() -> None:
         known = await lookup([parts[i].id or "" for i in where["id"]])
@@ -66,6 +69,16 @@ async def embed(parts: Sequence[Part], towers: Towers, lookup: Lookup) -> list[V
     steps = {"image": images, "text": texts, "id": ids}
     await asyncio.gather(*(steps[kind]() for kind, positions in where.items() if positions))
     return [answer for answer in answers if answer is not None]
+
+
+async def each_or_all(
+    results: Awaitable[list[T | EmbedServeError]], number: int
+) -> list[T | EmbedServeError]:
+    """The tower's results; where the encoder lacks the tower, that is the error of each input."""
+    try:
+        return await results
+    except InvalidField as error:
+        return [error] * number
 
 
 def ranked(hits: Hits, excluded: Container[str] = ()) -> list[tuple[str, float, Mapping[str, Any]]]:

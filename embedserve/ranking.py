@@ -33,13 +33,13 @@ def mix(vectors: Vectors, weights: Sequence[float]) -> Vectors:
     """
     scale = max((abs(weight) for weight in weights), default=0.0)
     if scale == 0:
-        raise InvalidField("all weights are 0; give at least one part another weight.", param="query")
+        raise InvalidField("All weights are 0; give at least one part another weight.", param="query")
     relative = np.asarray(weights, np.float64) / scale  # so that huge weights cannot overflow
     total = relative @ vectors.astype(np.float64)
     length = float(np.linalg.norm(total))
     if length < _CANCELLED:
         raise InvalidField(
-            "the parts of the query cancel out, which leaves no direction to search in; "
+            "The parts of the query cancel out, which leaves no direction to search in; "
             "change a weight or take a part away.",
             param="query",
         )

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def read(folder: Path) -> Record:
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         why = f"is malformed at {where}: {first['msg']}"
     raise EmbedServeError(
-        f"collection '{folder.name}' is damaged: {FILE} {why}. Restore the folder from a backup, "
+        f"Collection '{folder.name}' is damaged: {FILE} {why}. Restore the folder from a backup, "
         "or delete the collection and index its images again.",
         code="collection_damaged",
     )
@@ -109,9 +110,12 @@ def remove(folder: Path) -> None:
 def sweep(parent: Path) -> None:
     """Deletes what a crash in `make` or `remove` left behind."""
     for path in parent.iterdir():
-        # A new folder of this minute may be one that another process on the same data is making.
-        left = path.name.startswith(NEW) and time.time() - path.stat().st_mtime > 60
-        if left or path.name.startswith(TRASH):
+        if path.name.startswith(NEW):
+            with suppress(FileNotFoundError):
+                # One of this minute may be another process's, at work on the same data.
+                if time.time() - path.stat().st_mtime > 60:
+                    shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(TRASH):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -217,18 +217,18 @@ class BodyLimit:
         async def counted() -> Message:
             nonlocal received
             if announced.isdecimal() and int(announced) > self.limit:
-                raise self._error(f"{int(announced)} bytes")
+                raise self._error(f"has {announced} bytes")
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.limit:
-                raise self._error("larger")
+                raise self._error("is larger")
             return message
 
         await self.app(scope, counted, send)
 
     def _error(self, size: str) -> TooLarge:
         return TooLarge(
-            f"The request's body is {size}; allowed are {self.limit} bytes. Send fewer or smaller items at a "
+            f"The request's body {size}; allowed are {self.limit} bytes. Send fewer or smaller items at a "
             "time, or raise --max-body-bytes.",
             code="body_too_large",
         )

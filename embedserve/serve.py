@@ -109,6 +109,8 @@ class _Server(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket, not listening yet. Raises BadRequest."""
+    if not 0 <= port <= 65535:  # the system would take the last 16 bits
+        raise BadRequest(f"--port {port} is no port; use 0 (a free one) to 65535.", param="port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -116,7 +118,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as error:
         raise BadRequest(
-            f"--host '{host}' --port {port}: {error}. Use an address of this machine, and 0 to 65535.",
+            f"--host '{host}' --port {port}: {error}. Use an address of this machine.",
             param="host",
         ) from None
     try:

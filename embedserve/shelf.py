@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +46,14 @@ class Shelf:
         self.name = folder.name
         try:
             self.store = open_store(str(folder / STORE), dim)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             raise translate(error, self.name) from error
         try:
             self.thumbnails = Thumbnails(folder / THUMBNAILS)
         except ThumbnailsDamaged as error:
             self.store.close()
             raise EmbedServeError(
-                f"collection '{self.name}' is damaged: {error}", code="collection_damaged"
+                f"Collection '{self.name}' is damaged: {error}", code="collection_damaged"
             ) from None
 
     def write(self, drafts: Sequence[Draft]) -> None:
@@ -94,8 +96,14 @@ class Shelf:
 
     def shown(self, ids: Sequence[str]) -> dict[str, str]:
         """The sha256 (hex) of the picture of each of the items; those without one are left out."""
-        found = self.store.get(ids).values()
-        return {item.id: item.metadata[IMAGE] for item in found if IMAGE in item.metadata}
+        try:
+            found = self.store.get(ids)
+        except StoreCorrupt:  # whoever stores a damaged item again brings its picture along
+            found = {}
+            for name in ids:
+                with suppress(StoreCorrupt):
+                    found |= self.store.get([name])
+        return {name: item.metadata[IMAGE] for name, item in found.items() if IMAGE in item.metadata}
 
     def thumbnail(self, id: str) -> Thumbnail:
         """Raises NotFound: no such item, or one without a picture."""
@@ -109,8 +117,8 @@ class Shelf:
             if sha256 and data:
                 return Thumbnail(data, sha256)
         if sha256:
-            raise NotFound(f"the thumbnail of item '{id[:80]}' is lost; upload the image again.")
-        raise NotFound(f"item '{id[:80]}' has no thumbnail; only items made from images have one.")
+            raise NotFound(f"The thumbnail of item '{id[:80]}' is lost; upload the image again.")
+        raise NotFound(f"Item '{id[:80]}' has no thumbnail; only items made from images have one.")
 
     def close(self) -> None:
         try:
@@ -121,27 +129,35 @@ class Shelf:
 
 def unknown_item(id: str) -> NotFound:
     return NotFound(
-        f"item '{id[:80]}' is not in this collection; ids are case-sensitive, `GET …/items` lists them.",
+        f"Item '{id[:80]}' is not in this collection; ids are case-sensitive, `GET …/items` lists them.",
         code="item_not_found",
     )
 
 
-def translate(error: StoreError, name: str) -> EmbedServeError:
-    """A store's error as one that the API can show."""
+def translate(error: StoreError | OSError | sqlite3.Error, name: str) -> EmbedServeError:
+    """What went wrong in a collection's files, as an error that the API can show."""
     params = {InvalidFilter: "filter", InvalidId: "id", InvalidVector: "vector", InvalidMetadata: "metadata"}
     for kind, param in params.items():
         if isinstance(error, kind):
-            return InvalidField(str(error), param=param)
+            return InvalidField(_capital(str(error)), param=param)
     if isinstance(error, StoreLocked):
         return Conflict(
-            f"collection '{name}' is open in another process, and only one may write to it ({error}). "
+            f"Collection '{name}' is open in another process, and only one may write to it ({error}). "
             "Stop the other one, or talk to its server with --url.",
             code="collection_locked",
         )
     if isinstance(error, StoreCorrupt):
         return EmbedServeError(
-            f"collection '{name}' is damaged: {error} Restore its folder from a backup, or delete the "
+            f"Collection '{name}' is damaged: {error} Restore its folder from a backup, or delete the "
             "collection and index its images again.",
             code="collection_damaged",
         )
-    return EmbedServeError(f"collection '{name}': {error}")
+    return EmbedServeError(
+        f"Collection '{name}' cannot be read or written: {error}. Check the disk's free space, and that the "
+        "data folder belongs to the server's user.",
+        code="storage_failed",
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

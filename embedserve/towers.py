@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class Towers:
             length=lambda tokens: encoder.tokenizer.padded_length(len(tokens)),
             executor=self._runners,
         )
-        self.queues = {"image": self._images, "text": self._texts}
+        self.queues: dict[str, Batcher[Any, Any]] = {"image": self._images, "text": self._texts}
         self._counts: OrderedDict[int, int] = OrderedDict()
 
     async def start(self) -> None:

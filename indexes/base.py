@@ -209,7 +209,8 @@ def check_ids(ids: Sequence[str]) -> None:
 def check_vectors(vectors: object, dim: int, *, rows: int | None = None) -> Vectors:
     """`vectors` as float32 (n, dim) with rows scaled to unit length, or InvalidVector."""
     try:
-        array = np.asarray(vectors, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is refused below
+            array = np.asarray(vectors, dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidVector(f"vectors are not numbers of equal length: {error}.") from None
     if array.ndim != 2 or array.shape[1] != dim:
@@ -224,7 +225,7 @@ def check_vectors(vectors: object, dim: int, *, rows: int | None = None) -> Vect
     norms = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
     if (norms < 1e-12).any():
         raise InvalidVector(
-            f"vector {int((norms < 1e-12).argmax())} is all zeros; it has no direction to compare."
+            f"vector {int((norms < 1e-12).argmax())} is all zeros (or nearly); it has no direction to compare."
         )
     return np.asarray(array / norms, dtype=np.float32)
 
@@ -274,7 +275,9 @@ def _plain(value: Any, where: str, depth: int) -> Any:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidMetadata(f"{where} is {value}; JSON knows no NaN or infinity. Use null or leave it out.")
+            raise InvalidMetadata(
+                f"{where} is {value}; JSON knows no NaN or infinity. Use null or leave it out."
+            )
         return float(value)
     if depth > MAX_METADATA_DEPTH:
         raise InvalidMetadata(f"{where} is nested deeper than {MAX_METADATA_DEPTH} levels; flatten it.")

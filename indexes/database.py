@@ -24,20 +24,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.base import Item, Metadata, StoreCorrupt, StoreError, Vectors
-from indexes.filters import Condition as FilterCondition
-from indexes.filters import Sql
+from indexes.conditions import Condition as FilterCondition
+from indexes.conditions import Sql
 
 __all__ = [
     "Float16",
     "Readers",
     "Row",
     "Stored",
+    "checksums",
+    "commits",
     "connect",
     "delete_ids",
     "delete_where",
     "insert",
     "items_after",
     "items_by_id",
+    "last_number",
     "numbers_where",
     "prepare",
     "rows_after",
@@ -105,11 +108,11 @@ def _crc(id: bytes, vector: bytes, metadata: bytes) -> int:
 def prepare(ids: Sequence[str], vectors: Vectors, metadata: Sequence[str]) -> list[Row]:
     """The rows of checked input: one for each id, the last where an id is given twice."""
     halves = np.ascontiguousarray(vectors.astype(np.float16))
-    last = {id: position for position, id in enumerate(ids)}
+    last = {name: position for position, name in enumerate(ids)}
     rows = []
-    for id, position in last.items():
+    for name, position in last.items():
         vector, text = halves[position].tobytes(), metadata[position]
-        rows.append(Row(id, vector, text, _crc(id.encode(), vector, text.encode())))
+        rows.append(Row(name, vector, text, _crc(name.encode(), vector, text.encode())))
     return rows
 
 
@@ -119,7 +122,8 @@ def prepare(ids: Sequence[str], vectors: Vectors, metadata: Sequence[str]) -> li
 def connect(path: Path, dim: int, *, wal: bool = False, read_only: bool = False) -> sqlite3.Connection:
     """A connection, with the tables made or checked. Any thread may use it, one at a time.
 
-    `wal` for a store's own database: the write-ahead log belongs to the place, a snapshot has none. Raises StoreError for another dimension or schema, StoreCorrupt for a file that is no database.
+    `wal` for a store's own database: the write-ahead log belongs to the place, a snapshot has none. Raises
+    StoreError for another dimension or schema, StoreCorrupt for a file that is no database.
     """
     if sqlite3.sqlite_version_info < (3, 37):
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; the store needs 3.37 or newer.")
@@ -179,7 +183,7 @@ def translated() -> Iterator[None]:
             ) from error
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise StoreCorrupt(
-                f"the store's database is damaged ({error}). Restore a snapshot, or rebuild it from the sources."
+                f"the store's database is damaged ({error}). Restore a snapshot, or build the store anew."
             ) from error
         raise StoreError(
             f"the store's database failed ({error}), so nothing of this request was done. Check the disk and "
@@ -234,18 +238,20 @@ class Readers:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def insert(
+    connection: sqlite3.Connection, rows: Sequence[Row]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Writes rows, replacing known ids. Returns the new n's in order, and the n's that are gone."""
     ids = json.dumps([row.id for row in rows], ensure_ascii=False)
     gone = delete_ids(connection, ids)
-    (last,) = connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'items'").fetchone()
-    first = (last or 0) + 1
+    first = last_number(connection) + 1
     connection.executemany(
         "INSERT INTO items (n, id, metadata, crc) VALUES (?, ?, ?, ?)",
         ((n, row.id, row.metadata, row.crc) for n, row in enumerate(rows, first)),
     )
     connection.executemany(
-        "INSERT INTO vectors (n, vector) VALUES (?, ?)", ((n, row.vector) for n, row in enumerate(rows, first))
+        "INSERT INTO vectors (n, vector) VALUES (?, ?)",
+        ((n, row.vector) for n, row in enumerate(rows, first)),
     )
     return np.arange(first, first + len(rows), dtype=np.int64), gone
 
@@ -259,7 +265,7 @@ def delete_ids(connection: sqlite3.Connection, ids: str) -> NDArray[np.int64]:
 def delete_where(connection: sqlite3.Connection, condition: FilterCondition) -> NDArray[np.int64]:
     """Deletes the items that match; the n's that are gone."""
     where, parameters = _where(condition)
-    query = f"DELETE FROM items WHERE {where} RETURNING n"  # noqa: S608 - values are parameters (filters.Sql)
+    query = f"DELETE FROM items WHERE {where} RETURNING n"
     return _delete_vectors(connection, connection.execute(query, parameters))
 
 
@@ -285,7 +291,7 @@ def numbers_where(
 ) -> NDArray[np.int64]:
     """The n's above `after` whose items match, ascending."""
     where, parameters = _where(condition)
-    query = f"SELECT n FROM items WHERE n > :after AND {where} ORDER BY n"  # noqa: S608 - as above
+    query = f"SELECT n FROM items WHERE n > :after AND {where} ORDER BY n"
     found = connection.execute(query, parameters | {"after": after}).fetchall()
     return np.array(found, dtype=np.int64).reshape(-1)
 
@@ -308,9 +314,28 @@ def items_by_id(connection: sqlite3.Connection, ids: Sequence[str]) -> Iterator[
 
 
 def items_after(
-    connection: sqlite3.Connection, id: str, condition: FilterCondition | None
-) -> Iterator[Stored]:
-    """The rows with an id greater than `id`, in order of id, which is the order of code points."""
+    connection: sqlite3.Connection, id: str, condition: FilterCondition | None, limit: int
+) -> list[Stored]:
+    """The first rows with an id greater than `id`, in order of id, which is the order of code points."""
     where, parameters = _where(condition)
-    query = f"{JOINED} WHERE items.id > :after AND {where} ORDER BY items.id"
-    return (Stored(*row) for row in connection.execute(query, parameters | {"after": id}))
+    query = f"{JOINED} WHERE items.id > :after AND {where} ORDER BY items.id LIMIT :limit"
+    found = connection.execute(query, parameters | {"after": id, "limit": limit})
+    return [Stored(*row) for row in found]
+
+
+def checksums(connection: sqlite3.Connection, upto: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """The n's up to `upto`, ascending, and their checksums."""
+    query = "SELECT n, crc FROM items WHERE n <= ? ORDER BY n"
+    found = np.array(connection.execute(query, (upto,)).fetchall(), np.int64).reshape(-1, 2)
+    return found[:, 0].copy(), found[:, 1].astype(np.uint32)
+
+
+def commits(connection: sqlite3.Connection) -> int:
+    """The number of the commit that the connection sees."""
+    return int(connection.execute("SELECT value FROM about WHERE key = 'commits'").fetchone()[0])
+
+
+def last_number(connection: sqlite3.Connection) -> int:
+    """The greatest n ever given to a row, 0 if none was."""
+    (last,) = connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'items'").fetchone()
+    return int(last or 0)

@@ -28,7 +28,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_durably(path: Path, chunks: Iterable[bytes]) -> None:
     """Temporary file → fsync → rename → fsync of the folder: `path` is either whole or as it was before."""
     temporary = path.with_name(path.name + ".tmp")
     try:

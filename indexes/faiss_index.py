@@ -15,10 +15,11 @@ tree, O'Neil et al. 1996, over FAISS indexes.)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
 
 import faiss
 import numpy as np
@@ -38,6 +39,8 @@ SEGMENT_ROWS = 32_768
 DEAD_SHARE = 0.25
 SELECTIVE_SHARE = 0.1
 QUERIES_AT_ONCE = 256
+_serials = count()
+_faiss: Any = faiss  # its type stubs describe C++, not the Python wrappers around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,17 @@ class Batch:
     ns: Numbers
     crcs: NDArray[np.uint32]
     vectors: NDArray[np.float16]
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch], dim: int) -> Batch:
+        """All in one; of none, an empty one."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(batch.ns for batch in batches)]),
+            np.concatenate([np.empty(0, np.uint32), *(batch.crcs for batch in batches)]),
+            np.concatenate([np.empty((0, dim), np.float16), *(batch.vectors for batch in batches)]),
+        )
 
     def __len__(self) -> int:
         return len(self.ns)
@@ -59,24 +73,24 @@ class Segment:
     """Rows that never change, searched by FAISS."""
 
     def __init__(self, ns: Numbers, crcs: NDArray[np.uint32], index: faiss.IndexScalarQuantizer) -> None:
-        self.ns, self.crcs, self.index = ns, crcs, index
+        self.ns, self.crcs, self.index, self.dim = ns, crcs, index, int(index.d)
 
     @classmethod
     def of(cls, batch: Batch) -> Segment:
         return cls(batch.ns.copy(), batch.crcs.copy(), _quantizer(batch.vectors))
 
-    def rows(self, chosen: Positions | Mask | slice) -> NDArray[np.float16]:
-        """A copy of the chosen rows' vectors, (m, dim)."""
+    def rows(self, at: Positions, out: NDArray[np.float16]) -> None:
+        """Copies the vectors at these positions into `out`, (m, dim)."""
         size = self.index.ntotal * self.index.code_size
         codes = faiss.rev_swig_ptr(self.index.codes.data(), size)  # a view of FAISS's memory
-        table = codes.view(np.float16).reshape(self.index.ntotal, self.index.d)
-        return np.array(table[chosen])
+        table = codes.view(np.float16).reshape(self.index.ntotal, self.dim)
+        np.take(table, at, axis=0, out=out, mode="clip")  # "clip" spares a buffer; positions are in range
 
     def search(self, queries: Vectors, k: int, allowed: Mask | None) -> Found:
         parameters = None
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
-            parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+            parameters = _faiss.SearchParameters(sel=_faiss.IDSelectorBitmap(bits))
         scores, positions = self.index.search(queries, min(k, len(self.ns)), params=parameters)
         return scores, np.where(positions >= 0, self.ns[positions], -1)
 
@@ -107,8 +121,12 @@ class TailRows:
     crcs: NDArray[np.uint32]
     vectors: Vectors
 
-    def rows(self, chosen: Positions | Mask | slice) -> NDArray[np.float16]:
-        return self.vectors[chosen].astype(np.float16)  # exact: they were float16
+    @property
+    def dim(self) -> int:
+        return int(self.vectors.shape[1])
+
+    def rows(self, at: Positions, out: NDArray[np.float16]) -> None:
+        out[:] = self.vectors[at]  # exact: they were float16
 
     def search(self, queries: Vectors, k: int, allowed: Mask | None) -> Found:
         scores = queries @ self.vectors.T
@@ -144,14 +162,16 @@ class Part:
         if not len(own) or not len(ns):
             return np.empty(0, np.intp)
         ns = ns[np.searchsorted(ns, own[0]) : np.searchsorted(ns, own[-1], side="right")]
-        positions = np.searchsorted(own, ns)
+        positions: Positions = np.searchsorted(own, ns)
         positions = positions[own[positions] == ns]
         return positions if self.alive is None else positions[self.alive[positions]]
 
     def batch(self) -> Batch:
         """A copy of the live rows."""
-        chosen = slice(None) if self.alive is None else self.alive
-        return Batch(self.data.ns[chosen], self.data.crcs[chosen], self.data.rows(chosen))
+        at = np.arange(len(self.data.ns)) if self.alive is None else np.flatnonzero(self.alive)
+        vectors = np.empty((len(at), self.data.dim), np.float16)
+        self.data.rows(at, vectors)
+        return Batch(self.data.ns[at], self.data.crcs[at], vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +181,9 @@ class View:
 
     number: int
     parts: tuple[Part, ...]
-    dim: int
     threads: ThreadPoolExecutor
+    serial: int = field(default_factory=_serials.__next__)
+    """Tells Views apart, in all indexes of the process."""
 
     @property
     def live(self) -> int:
@@ -184,17 +205,12 @@ class View:
         length only within .001.
         """
         if located is None:
-            work = [(part.data, part.alive) for part in self.parts if part.live]
+            work: list[tuple[Segment | TailRows, Mask | None]] = [
+                (part.data, part.alive) for part in self.parts if part.live
+            ]
         elif sum(map(len, located)) <= SELECTIVE_SHARE * self.live:
             # Few rows pass: gather them, and search nothing else.
-            chosen = [(part.data, at) for part, at in zip(self.parts, located, strict=True) if len(at)]
-            vectors = [data.rows(at) for data, at in chosen]
-            ns = [data.ns[at] for data, at in chosen]
-            work = []
-            if chosen:
-                together = np.concatenate(ns)
-                index = _quantizer(np.concatenate(vectors))
-                work = [(Segment(together, np.empty(0, np.uint32), index), None)]
+            work = [(_gathered(self.parts, located), None)] if any(map(len, located)) else []
         else:
             work = []
             for part, at in zip(self.parts, located, strict=True):
@@ -209,14 +225,18 @@ class View:
         scores, ns_found = (np.concatenate(each) for each in zip(*found, strict=True))
         return np.clip(scores, -1, 1), ns_found
 
-    def _search(self, queries: Vectors, k: int, work: Sequence[tuple[Segment | TailRows, Mask | None]]) -> Found:
+    def _search(
+        self, queries: Vectors, k: int, work: Sequence[tuple[Segment | TailRows, Mask | None]]
+    ) -> Found:
         def one(each: tuple[Segment | TailRows, Mask | None]) -> Found:
             return each[0].search(queries, k, each[1])
 
         # FAISS spreads many queries over the cores by itself, but not one query: for that, part by part.
         alone = len(queries) > 1 or len(work) < 2
         found = [one(each) for each in work] if alone else list(self.threads.map(one, work))
-        scores = np.concatenate([np.empty((len(queries), 0), np.float32), *(each[0] for each in found)], axis=1)
+        scores = np.concatenate(
+            [np.empty((len(queries), 0), np.float32), *(each[0] for each in found)], axis=1
+        )
         ns = np.concatenate([np.empty((len(queries), 0), np.int64), *(each[1] for each in found)], axis=1)
         scores = np.where(ns < 0, -np.inf, scores)
         order = np.lexsort((ns, -scores), axis=1)[:, :k]
@@ -226,21 +246,21 @@ class View:
 class FlatIndex:
     """The index. One thread writes at a time; any number search through `view`."""
 
-    def __init__(self, dim: int, *, tail_rows: int = 4096, segment_rows: int = SEGMENT_ROWS) -> None:
-        self.dim, self.tail_rows, self.segment_rows = dim, tail_rows, segment_rows
-        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="store-search")
+    def __init__(
+        self, dim: int, threads: ThreadPoolExecutor, *, tail_rows: int, parts: Sequence[Part] = ()
+    ) -> None:
+        """Starts empty, or with `parts` of segments in ascending order of n. `tail_rows` is a small number
+        of rows such as 4096. `threads` are the threads that one query may spread over."""
+        self.dim, self.tail_rows, self._threads = dim, tail_rows, threads
         self._tail = Tail(tail_rows, dim)
-        self.view = View(0, (self._tail_part(None),), dim, self._threads)
-
-    def close(self) -> None:
-        self._threads.shutdown()
+        self.view = View(0, (*(part for part in parts if part.live), self._tail_part(None)), threads)
 
     def apply(self, number: int, batch: Batch, removed: Numbers) -> None:
         """Adds the batch (n's above all there were), then removes n's, and shows both as one View."""
         parts, alive = list(self.view.parts[:-1]), self.view.parts[-1].alive
         while len(batch):
             if not self._tail.used and len(batch) >= self.tail_rows:
-                segment, batch = batch[: self.segment_rows], batch[self.segment_rows :]
+                segment, batch = batch[:SEGMENT_ROWS], batch[SEGMENT_ROWS:]
                 parts.append(Part(Segment.of(segment), None, len(segment)))
                 self._merge(parts)
                 continue
@@ -257,20 +277,13 @@ class FlatIndex:
             removed = np.sort(removed)
             parts = [part.without(removed) for part in parts]
             parts = [*self._compacted(parts[:-1]), parts[-1]]
-        self.view = View(number, tuple(parts), self.dim, self._threads)
+        self.view = View(number, tuple(parts), self._threads)
 
     def seal(self) -> None:
         """Makes a segment of the tail, so that it can be kept in a file."""
         parts = list(self.view.parts[:-1])
         self._seal(parts, self.view.parts[-1].alive)
-        self.view = replace(self.view, parts=(*parts, self._tail_part(None)))
-
-    def load(self, number: int, parts: Sequence[Part]) -> None:
-        """Starts from segments that were kept in files, in ascending order of n."""
-        self._tail = Tail(self.tail_rows, self.dim)
-        self.view = View(
-            number, (*(part for part in parts if part.live), self._tail_part(None)), self.dim, self._threads
-        )
+        self.view = View(self.view.number, (*parts, self._tail_part(None)), self._threads)
 
     def _tail_part(self, alive: Mask | None) -> Part:
         live = self._tail.used if alive is None else int(np.count_nonzero(alive))
@@ -288,7 +301,7 @@ class FlatIndex:
         while (
             len(parts) > 1
             and parts[-2].live <= parts[-1].live
-            and parts[-2].live + parts[-1].live <= self.segment_rows
+            and parts[-2].live + parts[-1].live <= SEGMENT_ROWS
         ):
             last, before = parts.pop(), parts.pop()
             parts.append(_joined(before, last))
@@ -302,7 +315,7 @@ class FlatIndex:
             dead = len(part.data.ns) - part.live
             if dead <= DEAD_SHARE * len(part.data.ns):
                 kept.append(part)
-            elif kept and kept[-1].live + part.live <= self.segment_rows // 2:
+            elif kept and kept[-1].live + part.live <= SEGMENT_ROWS // 2:
                 kept.append(_joined(kept.pop(), part))
             else:
                 kept.append(Part(Segment.of(part.batch()), None, part.live))
@@ -310,13 +323,18 @@ class FlatIndex:
 
 
 def _joined(first: Part, second: Part) -> Part:
-    one, two = first.batch(), second.batch()
-    batch = Batch(
-        np.concatenate([one.ns, two.ns]),
-        np.concatenate([one.crcs, two.crcs]),
-        np.concatenate([one.vectors, two.vectors]),
-    )
+    batch = Batch.joined([first.batch(), second.batch()], first.data.dim)
     return Part(Segment.of(batch), None, len(batch))
+
+
+def _gathered(parts: Sequence[Part], located: Sequence[Positions]) -> Segment:
+    ns = np.concatenate([part.data.ns[at] for part, at in zip(parts, located, strict=True)])
+    vectors = np.empty((len(ns), parts[0].data.dim), np.float16)
+    start = 0
+    for part, at in zip(parts, located, strict=True):
+        part.data.rows(at, vectors[start : start + len(at)])
+        start += len(at)
+    return Segment(ns, np.empty(0, np.uint32), _quantizer(vectors))
 
 
 def _quantizer(vectors: NDArray[np.float16]) -> faiss.IndexScalarQuantizer:

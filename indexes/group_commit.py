@@ -50,9 +50,7 @@ class GroupCommit(Generic[R]):
             work's result. It must not raise.
     """
 
-    def __init__(
-        self, connection: sqlite3.Connection, publish: Callable[[int, Sequence[R]], None]
-    ) -> None:
+    def __init__(self, connection: sqlite3.Connection, publish: Callable[[int, Sequence[R]], None]) -> None:
         self._connection = connection
         self._publish = publish
         self._queue: deque[_Job[R]] = deque()

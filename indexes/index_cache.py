@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -44,8 +45,15 @@ class IndexCache:
         self._saved: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
         folder.mkdir(exist_ok=True)
 
+    def exists(self) -> bool:
+        return (self.folder / "manifest.json").exists()
+
     def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+        total = 0
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # a save may be tidying up
+                total += path.stat().st_size
+        return total
 
     def unsaved(self, view: View) -> int:
         """How many rows of the view's segments are in no file yet."""
@@ -85,18 +93,11 @@ class IndexCache:
             return None
         return Loaded(segments, covered)
 
-    def clear(self) -> None:
-        """Forgets the cache."""
-        self._saved.clear()
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            path.unlink()
-
     def _write(self, segment: Segment) -> str:
         chunks = [
             segment.ns.astype("<i8").tobytes(),
             segment.crcs.astype("<u4").tobytes(),
-            memoryview(faiss.serialize_index(segment.index)),
+            faiss.serialize_index(segment.index).tobytes(),
         ]
         digest = hashlib.sha256()
         for chunk in chunks:
@@ -106,12 +107,12 @@ class IndexCache:
         return name
 
     def _read(self, sha256: str, rows: int) -> Segment:
-        data = np.fromfile(self.folder / f"{sha256}.segment", np.uint8)
-        if hashlib.sha256(memoryview(data)).hexdigest() != sha256:
+        data = (self.folder / f"{sha256}.segment").read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("the hash does not fit")
-        ns = data[: 8 * rows].view("<i8").astype(np.int64)
-        crcs = data[8 * rows : 12 * rows].view("<u4").astype(np.uint32)
-        index = faiss.downcast_index(faiss.deserialize_index(data[12 * rows :]))
+        ns = np.frombuffer(data, "<i8", rows).astype(np.int64)
+        crcs = np.frombuffer(data, "<u4", rows, 8 * rows).astype(np.uint32)
+        index = faiss.deserialize_index(np.frombuffer(data, np.uint8, offset=12 * rows))
         if not isinstance(index, faiss.IndexScalarQuantizer) or index.d != self.dim or index.ntotal != rows:
             raise ValueError("another kind of index")
         if not rows or (np.diff(ns) <= 0).any():

@@ -10,13 +10,14 @@ from threading import Lock
 
 import numpy as np
 
+from indexes.conditions import Condition
 from indexes.database import numbers_where
 from indexes.faiss_index import Numbers, Positions, View
-from indexes.filters import Condition
 
 __all__ = ["Selections"]
 
 BUDGET_BYTES = 64 * 1024 * 1024
+MOST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class _Selection:
     ns: Numbers  # the n's up to `covered` that match; some may be deleted by now
     covered: int
     pruned: int  # the commit whose deletions were dropped from `ns`: useless to an older View
-    number: int  # the View that `located` is for
+    serial: int  # of the View that `located` is for
     located: Sequence[Positions]
 
     @property
@@ -45,7 +46,7 @@ class Selections:
             kept = self._kept.get(condition)
             if kept is not None:
                 self._kept.move_to_end(condition)
-        if kept is not None and kept.number == view.number:
+        if kept is not None and kept.serial == view.serial:
             return kept.located
         if kept is None or kept.pruned > view.number:
             kept = _Selection(np.empty(0, np.int64), 0, 0, -1, ())
@@ -58,12 +59,13 @@ class Selections:
         if len(ns) > 2 * live + 1024:
             pruned = view.number
             ns = np.concatenate([part.data.ns[at] for part, at in zip(view.parts, located, strict=True)])
-        self._keep(condition, _Selection(ns, covered, pruned, view.number, located))
+        self._keep(condition, _Selection(ns, covered, pruned, view.serial, located))
         return located
 
     def _keep(self, condition: Condition, selection: _Selection) -> None:
         with self._lock:
             self._kept[condition] = selection
             self._kept.move_to_end(condition)
-            while len(self._kept) > 1 and sum(each.bytes for each in self._kept.values()) > BUDGET_BYTES:
-                self._kept.popitem(last=False)
+            size = sum(each.bytes for each in self._kept.values())
+            while len(self._kept) > 1 and (size > BUDGET_BYTES or len(self._kept) > MOST):
+                size -= self._kept.popitem(last=False)[1].bytes

@@ -1,7 +1,7 @@
 """A copy of a whole store in a folder, of one form for every engine.
 
-    snapshot.json   format, dim, number of items, SHA-256 of the other file
-    items.sqlite    the tables of `indexes/database.py`, without a write-ahead log
+snapshot.json   format, dim, number of items, SHA-256 of the other file
+items.sqlite    the tables of `indexes/database.py`, without a write-ahead log
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from indexes.base import StoreCorrupt, StoreError
 from indexes.database import Row, connect, rows_after, translated
 from indexes.durable import fsync_file, fsync_folder, sha256_of, write_durably
 
-__all__ = ["read_snapshot", "write_snapshot"]
+__all__ = ["Snapshot", "write_snapshot"]
 
 FORMAT = 1
+PAGE = 4096
 
 log = logging.getLogger(__name__)
 
@@ -53,46 +54,50 @@ def write_snapshot(path: Path, dim: int, copy: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_snapshot(path: Path, dim: int) -> Iterator[list[Row]]:
-    """The rows of the snapshot, in pages. Rows whose checksum does not fit are left out, with a warning.
+class Snapshot:
+    """A snapshot that was checked: raises StoreError if `path` is none or of another dimension, StoreCorrupt
+    if its hash does not fit."""
 
-    Raises StoreError if it is none or of another dimension, StoreCorrupt if its hash does not fit, both
-    before the first page.
-    """
-    database = path / "items.sqlite"
-    try:
-        about = json.loads((path / "snapshot.json").read_bytes())
-        kind, stored, sha256 = about["format"], about["dim"], about["sha256"]
-        actual = sha256_of(database)
-    except OSError as error:
-        raise StoreError(f"'{path}' is no snapshot ({error.strerror}); name the folder of one.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreCorrupt(f"the snapshot in '{path}' is damaged: its snapshot.json is unreadable.") from error
-    if kind != FORMAT:
-        raise StoreError(f"the snapshot in '{path}' has format {kind}; this version reads format {FORMAT}.")
-    if stored != dim:
-        raise StoreError(
-            f"the snapshot in '{path}' holds vectors of {stored} numbers; this store holds {dim}. Restore it "
-            "into a store of its own dimension."
-        )
-    if actual != sha256:
-        raise StoreCorrupt(f"the snapshot in '{path}' is damaged: its hash does not fit. Use another one.")
-    return _pages(database, dim)
+    def __init__(self, path: Path, dim: int) -> None:
+        self._database, self._dim = path / "items.sqlite", dim
+        try:
+            about = json.loads((path / "snapshot.json").read_bytes())
+            kind, stored, sha256 = about["format"], about["dim"], about["sha256"]
+            actual = sha256_of(self._database)
+        except OSError as error:
+            raise StoreError(
+                f"'{path}' is no snapshot ({error.strerror}); name the folder of one."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreCorrupt(
+                f"the snapshot in '{path}' is damaged: snapshot.json is unreadable."
+            ) from error
+        if kind != FORMAT:
+            raise StoreError(f"the snapshot in '{path}' has format {kind}; this version reads {FORMAT}.")
+        if stored != dim:
+            raise StoreError(
+                f"the snapshot in '{path}' holds vectors of {stored} numbers; this store holds {dim}. "
+                "Restore it into a store of its own dimension."
+            )
+        if actual != sha256:
+            raise StoreCorrupt(
+                f"the snapshot in '{path}' is damaged: its hash does not fit. Use another one."
+            )
 
-
-def _pages(database: Path, dim: int) -> Iterator[list[Row]]:
-    connection = connect(database, dim, read_only=True)
-    try:
-        page: list[Row] = []
-        for stored in rows_after(connection, 0):
-            if stored.vector is None or not stored.sound:
-                log.warning("left out of the restored store: item '%s', damaged in the snapshot", stored.id)
-                continue
-            page.append(Row(stored.id, stored.vector, stored.raw_metadata.decode(), stored.crc))
-            if len(page) == 4096:
+    def pages(self) -> Iterator[list[Row]]:
+        """The rows, some thousand at a time. A row that was damaged before is left out, with a warning."""
+        connection = connect(self._database, self._dim, read_only=True)
+        try:
+            page: list[Row] = []
+            for stored in rows_after(connection, 0):
+                if stored.vector is None or not stored.sound:
+                    log.warning("item '%s' is damaged in the snapshot and was left out", stored.id)
+                    continue
+                page.append(Row(stored.id, stored.vector, stored.raw_metadata.decode(), stored.crc))
+                if len(page) == PAGE:
+                    yield page
+                    page = []
+            if page:
                 yield page
-                page = []
-        if page:
-            yield page
-    finally:
-        connection.close()
+        finally:
+            connection.close()

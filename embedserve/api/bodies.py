@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -164,14 +164,15 @@ def json_field(name: str, text: str) -> Any:
         return from_json(text)
     except ValueError as error:
         raise InvalidField(
-            f"'{name}' is not JSON ({error}); quote it for the shell, as in -F '{name}={{\"colour\": \"red\"}}'.",
+            f"'{name}' is not JSON ({error}); quote it for the shell, as in "
+            f'-F \'{name}={{"colour": "red"}}\'.',
             param=name,
             code="invalid_json",
         ) from None
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser without temporary files (the body limit bounds its memory), which sees truncation."""
+    """Starlette's parser, without temporary files (the body limit bounds its memory); it sees truncation."""
 
     spool_max_size = sys.maxsize
     ended = False
@@ -180,26 +181,31 @@ class _Parser(MultiPartParser):
         self.ended = True
 
 
+CUT_OFF = "it ends before its closing boundary, so the upload was cut off; send it again"
+
+
 async def read_form(request: Request, limits: Limits) -> Form:
     """The multipart body. Raises TooLarge over a limit, BadRequest when it is malformed or cut off."""
     body_kind(request, "form")
-    async with aclosing(request.stream()) as stream:
-        parser = _Parser(
-            request.headers,
-            stream,
-            max_files=limits.max_inputs,
-            max_fields=limits.max_inputs + 32,
-            max_part_size=MAX_FIELD_BYTES,
-        )
-        try:
-            data = await parser.parse()
-        except MultiPartException as error:
-            raise _form_error(error.message, limits) from None
-    if not parser.ended:
-        raise BadRequest(
-            "The multipart body ends before its closing boundary; the upload was cut off. Send it again.",
-            code="malformed_form",
-        )
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        async with aclosing(request.stream()) as stream:
+            async for chunk in stream:
+                yield chunk
+        if not parser.ended:
+            raise MultiPartException(CUT_OFF)  # here the parser still closes the files it has begun
+
+    parser = _Parser(
+        request.headers,
+        chunks(),
+        max_files=limits.max_inputs,
+        max_fields=limits.max_inputs + 32,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        data = await parser.parse()
+    except MultiPartException as error:
+        raise _form_error(error.message, limits) from None
     parts = []
     for name, value in data.multi_items():
         if isinstance(value, UploadFile):

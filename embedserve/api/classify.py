@@ -234,7 +234,7 @@ async def get_label_set(request: Request, name: str) -> Response:
     operation_id="putLabelSet",
     summary="Save labels, prompts and templates under a name",
     response_model=SavedLabelSet,
-    responses={201: {"model": SavedLabelSet, "description": "The name is new."}} | answers(body=True),
+    responses=answers(body=True) | {201: {"model": SavedLabelSet, "description": "The name is new."}},
     openapi_extra=body(
         LabelSetBody, examples={"pets": {"labels": {"cat": ["a cat", "a kitten"], "dog": ["a dog"]}}}
     ),

@@ -80,8 +80,8 @@ async def get_collection(request: Request, name: CollectionName) -> Response:
     operation_id="putCollection",
     summary="Create a collection, or change its description",
     response_model=CollectionDescription,
-    responses={201: {"model": CollectionDescription, "description": "The collection is new."}}
-    | answers(Conflict, body=True),
+    responses=answers(Conflict, body=True)
+    | {201: {"model": CollectionDescription, "description": "The collection is new."}},
     openapi_extra=body(
         CollectionBody, examples={"described": {"description": "Holiday photos"}}, optional=True
     ),

@@ -131,8 +131,8 @@ def _form_sources(form: Form) -> list[Source]:
             sources.append(Source.text(text, param))
         elif part.name == "file" and isinstance(part.value, str):
             raise InvalidField(
-                "'file' is a text field; send a file (with curl: -F file=@photo.jpg), or use 'image' for base64 "
-                "or a URL.",
+                "'file' is a text field; send a file (with curl: -F file=@photo.jpg), or use 'image' for "
+                "base64 or a URL.",
                 param=param,
             )
         else:

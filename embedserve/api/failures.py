@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedserve.errors import (
@@ -101,18 +102,22 @@ def as_error(error: Exception) -> EmbedServeError:
 def invalid(
     errors: Sequence[Mapping[str, Any]], *, model: type[BaseModel] | None = None, prefix: str = ""
 ) -> EmbedServeError:
-    """The first of pydantic's errors: BadRequest when the body is no JSON, else InvalidField with its path."""
+    """The first of pydantic's errors: BadRequest when the body is no JSON, else InvalidField with its path.
+
+    Args:
+        model: What was asked for, to name the closest field to an unknown one.
+        prefix: Where in the request the values lie, such as `items[3]`.
+    """
     first = errors[0]
     message = str(first["msg"])
     if first["type"] == "json_invalid":
         return BadRequest(
-            f"The body is not JSON: {message.removeprefix('Invalid JSON: ')}. Send one JSON document in UTF-8.",
+            f"The body is not JSON: {message.removeprefix('Invalid JSON: ')}. "
+            "Send one JSON document in UTF-8.",
             code="invalid_json",
         )
     location = list(first.get("loc", ()))
-    if location and location[0] in ("body", "query", "path", "header"):
-        location = location[1:]
-    path = prefix + field_path(location) if location else prefix
+    path = ".".join(part for part in (prefix, field_path(location)) if part)
     if first["type"] == "extra_forbidden":
         known = list(model.model_fields) if model is not None and len(location) == 1 else []
         hint = f" Unknown field: {closest(str(location[-1]), known)}" if known else " Remove it."
@@ -178,19 +183,21 @@ def error_response(error: EmbedServeError, results: Sequence[object] | None = No
     return json_response(content, error.status, headers)
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app` answer every error in our form."""
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+    """Makes `app`, whose routes are those of `routers`, answer every error in our form."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
 
     async def ours(request: Request, error: Exception) -> Response:
         return error_response(as_error(error))
 
     async def validation(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_response(invalid(error.errors()))
+        errors = cast(RequestValidationError, error).errors()
+        for entry in errors:
+            entry["loc"] = entry["loc"][1:]  # without "query" or "path", which is no part of the name
+        return error_response(invalid(errors))
 
     async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _http_error(app, request, error)
+        return _http_error(routes, request, cast(HTTPException, error))
 
     for cls in (EmbedServeError, StoreError, ValidationError):
         app.add_exception_handler(cls, ours)
@@ -198,15 +205,20 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
 
 
-def _http_error(app: FastAPI, request: Request, error: HTTPException) -> Response:
+def _http_error(routes: Sequence[Route], request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 404:
-        routes = [getattr(route, "path", "") for route in app.routes if getattr(route, "path", "")]
+        bare = path.rstrip("/")
+        near = (
+            f"did you mean '{bare}'?"
+            if bare != path and _methods(routes, bare)
+            else closest(path, {route.path for route in routes})
+        )
         return error_response(
-            NotFound(f"There is nothing at '{path}'; {closest(path, routes)} See /docs.", code="unknown_path")
+            NotFound(f"There is nothing at '{path}'; {near} See /docs.", code="unknown_path")
         )
     if error.status_code == 405:
-        allowed = _methods(app, path) or (error.headers or {}).get("Allow", "")
+        allowed = _methods(routes, path) or (error.headers or {}).get("Allow", "")
         wrong = EmbedServeError(
             f"{request.method} is not allowed at '{path}'; allowed: {allowed}.", code="method_not_allowed"
         )
@@ -218,14 +230,10 @@ def _http_error(app: FastAPI, request: Request, error: HTTPException) -> Respons
     return response
 
 
-def _methods(app: FastAPI, path: str) -> str:
+def _methods(routes: Sequence[Route], path: str) -> str:
     """All methods of all routes at `path`: the framework's own Allow header names those of one route."""
-    allowed: set[str] = set()
-    for route in app.routes:
-        pattern = getattr(route, "path_regex", None)
-        if pattern is not None and pattern.match(path):
-            allowed |= getattr(route, "methods", None) or set()
-    return ", ".join(sorted(allowed))
+    at_path = [route.methods or set() for route in routes if route.path_regex.match(path)]
+    return ", ".join(sorted(set().union(*at_path)))
 
 
 class LastResort:
@@ -249,7 +257,7 @@ class LastResort:
             await self.app(scope, receive, watched)
         except ClientDisconnect:
             return  # nobody is there to answer
-        except Exception as error:  # noqa: BLE001 - the one place where everything must be caught
+        except Exception as error:
             if started:
                 raise  # half an answer is out: only closing the connection tells the client
             await error_response(as_error(error))(scope, receive, send)

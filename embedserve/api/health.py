@@ -78,7 +78,8 @@ class Readiness:
             now = self._batches()
             if not all(now[tower] > before[tower] for tower in now):
                 raise NotReady(
-                    f"The probe gave no embedding within {PROBE_SECONDS:g} s. If this lasts, restart the server.",
+                    f"The probe gave no embedding within {PROBE_SECONDS:g} s. "
+                    "If this lasts, restart the server.",
                     code="probe_timeout",
                 ) from None
         except NotReady:
@@ -159,7 +160,7 @@ async def healthz() -> Response:
     responses={503: answers()[503]},
 )
 async def readyz(request: Request) -> Response:
-    """Computes embeddings through the queues that requests use; 503 when they are not right or do not come."""
+    """Computes embeddings through the queues that requests use; 503 when they are wrong or do not come."""
     parts = services(request)
     try:
         ready = await parts.readiness.check()
@@ -174,9 +175,8 @@ async def readyz(request: Request) -> Response:
     "/metrics",
     operation_id="metrics",
     summary="Metrics for Prometheus",
-    responses={
-        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text"}
-    }
+    responses=answers()
+    | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text"}}
     | answers(),
     response_class=Response,
 )

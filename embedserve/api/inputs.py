@@ -87,8 +87,8 @@ def check_text(text: str, limits: Limits) -> str:
     size = len(text.encode("utf-8", "surrogatepass")) if 4 * len(text) > limits.max_text_bytes else 0
     if size > limits.max_text_bytes:
         raise TooLarge(
-            f"The text is {size} bytes; allowed are {limits.max_text_bytes}. Encoders read a few hundred words "
-            "at most: send a summary or parts, or raise --max-text-bytes.",
+            f"The text is {size} bytes; allowed are {limits.max_text_bytes}. Encoders read a few hundred "
+            "words at most: send a summary or parts, or raise --max-text-bytes.",
             code="text_too_large",
         )
     return text

@@ -45,7 +45,7 @@ INPUT_SCHEMA: dict[str, Any] = {
 
 
 class EmbeddingRequest(BaseModel):
-    """OpenAI's request. Fields that other servers know and this one does not are ignored, as clients send them."""
+    """OpenAI's request. Fields that only other servers know are ignored, as clients send them."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -120,7 +120,7 @@ class ModelList(BaseModel):
     ),
 )
 async def create_embeddings(request: Request) -> Response:
-    """One bad input fails the whole request, as OpenAI's form has no place for single errors (/v1/embed has)."""
+    """One bad input fails the whole request: OpenAI's form has no place for single errors (/v1/embed has)."""
     parts = services(request)
     asked = await read_json(request, EmbeddingRequest)
     check_model(parts, asked.model)
@@ -183,7 +183,7 @@ def _is_token(value: Any) -> bool:
 
 
 def check_dimensions(parts: Services, dimensions: int | None) -> int:
-    """How many numbers to keep. Raises InvalidField beyond the encoder's, or between those it was trained for."""
+    """How many numbers to keep. Raises InvalidField beyond the encoder's, or for a prefix not trained for."""
     described = parts.towers.encoder.bundle.description
     if dimensions is None:
         return described.dim

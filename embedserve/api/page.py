@@ -1,4 +1,4 @@
-"""The page at `/` and the API documentation at `/docs`: files of our own, so that both work without internet."""
+"""The page at `/` and the API documentation at `/docs`: local files, so both work without internet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from embedserve.errors import NotFound
 
-__all__ = ["install"]
+__all__ = ["install", "router"]
 
 PAGE = Path(str(resources.files("embedserve"))) / "page"
 SWAGGER = Path(str(resources.files("fastapi_offline"))) / "static"
@@ -28,7 +28,7 @@ DOCS = """<!doctype html>
 </head>
 <body>
 <div id="swagger-ui"></div>
-<noscript>This page needs JavaScript; <a href="openapi.json">openapi.json</a> is the document itself.</noscript>
+<noscript>This page needs JavaScript; its contents are <a href="openapi.json">openapi.json</a>.</noscript>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/start.js"></script>
 </body>

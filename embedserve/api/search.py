@@ -26,8 +26,14 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["search"])
 
+Included = Literal["metadata", "vector"]
+
 MAX_PARTS = 32
 """Parts of one weighted query."""
+
+
+def _metadata() -> list[Included]:
+    return ["metadata"]
 
 
 class QueryPart(RequestModel):
@@ -54,7 +60,7 @@ class SearchOptions(RequestModel):
     group_by: str | None = Field(
         None, description="A metadata field: only the best hit of each of its values."
     )
-    include: list[Literal["metadata", "vector"]] = ["metadata"]
+    include: list[Included] = Field(default_factory=_metadata)
 
 
 class SearchBody(SearchOptions):
@@ -208,7 +214,8 @@ def _from_form(form: Form) -> tuple[SearchBody, str | bytes | None]:
 def _check_k(k: int, parts: Services) -> None:
     if k > parts.limits.max_k:
         raise InvalidField(
-            f"'k' is {k}; at most {parts.limits.max_k} neighbours can be asked for. Ask for fewer, or raise --max-k.",
+            f"'k' is {k}; at most {parts.limits.max_k} neighbours can be asked for. "
+            "Ask for fewer, or raise --max-k.",
             param="k",
         )
 
@@ -239,31 +246,39 @@ async def _query(parts: Services, asked: SearchBody, image: str | bytes | None) 
             param=given[1] if given else "query",
         )
     if asked.query is None:
-        return [await _part(parts, "", image, asked.text, asked.id, asked.vector, 1.0)]
+        return [await _part(parts, asked, image, "")]
     return [
-        await _part(parts, f"query[{i}].", part.image, part.text, part.id, part.vector, part.weight)
+        await _part(parts, part, part.image, f"query[{i}].", weight=part.weight)
         for i, part in enumerate(asked.query)
     ]
 
 
 async def _part(
     parts: Services,
-    place: str,
+    asked: SearchBody | QueryPart,
     image: str | bytes | None,
-    text: str | None,
-    id: str | None,
-    vector: list[float] | None,
-    weight: float,
+    place: str,
+    *,
+    weight: float = 1.0,
 ) -> Part:
+    """One part with its image loaded; `place` is the beginning of its errors' `param`."""
+    ways = {"image": image, "text": asked.text, "id": asked.id, "vector": asked.vector}
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(f"'{way}'" for way in given) or "none of them"
+        raise InvalidField(
+            f"'{place[:-1]}' has {found}; give exactly one of 'image', 'text', 'id' and 'vector'.",
+            param=place[:-1],
+        )
     field = "image"
     try:
         data = await load_image(parts, image) if image is not None else None
         field = "text"
-        if text is not None:
-            check_text(text, parts.limits)
+        if asked.text is not None:
+            check_text(asked.text, parts.limits)
     except EmbedServeError as error:
         raise located(error, place + field) from None
-    return Part(image=data, text=text, id=id, vector=vector, weight=weight)
+    return Part(image=data, text=asked.text, id=asked.id, vector=asked.vector, weight=weight)
 
 
 def _render(collection: str, hit: Hit, include: Sequence[str]) -> dict[str, Any]:
@@ -337,7 +352,7 @@ async def _neighbours(
     ids: Sequence[str],
 ) -> list[list[Neighbour] | EmbedServeError]:
     loaded = await load_images(parts, sources)
-    queries = [Part(image=data) for data in loaded if isinstance(data, bytes)] + [Part(id=id) for id in ids]
+    queries = [Part(image=data) for data in loaded if isinstance(data, bytes)] + [Part(id=one) for one in ids]
     places = [source.param for source, data in zip(sources, loaded, strict=True) if isinstance(data, bytes)]
     places += [f"ids[{i}]" for i in range(len(ids))]
     answers = (
@@ -379,9 +394,9 @@ async def duplicates(
     request: Request,
     name: CollectionName,
     threshold: Annotated[
-        float, Query(ge=-1, le=1, description="Cosine from which two are near-duplicates.")
+        float, Query(ge=0.5, le=1, description="Cosine from which two are near-duplicates.")
     ] = 0.95,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="Groups to send.")] = 100,
+    limit: Annotated[int, Query(ge=1, description="Groups to send.")] = 100,
     filter: FilterText = None,
 ) -> Response:
     collection = await services(request).library.get(name)

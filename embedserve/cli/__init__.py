@@ -28,11 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(tokens)
         sys.stdout.flush()
     except EmbedServeError as error:
-        if error.code == "store_locked":
-            error = EmbedServeError(
-                f"{error} Is a server running on it? Ask that: --url http://127.0.0.1:8000"
-            )
         complain(error, as_json="--json" in tokens)
+        if error.code == "collection_locked":
+            note("Is a server running on this data? Ask it: --url http://127.0.0.1:8000")
         return USAGE if isinstance(error, Usage) else FAILED
     except KeyboardInterrupt:
         note("Interrupted; what was answered is kept.")

@@ -139,29 +139,28 @@ def _save(out: Path, vectors: Sequence[NDArray[np.float32] | EmbedServeError], d
 
 @app.command
 def check(bundle: str, /, *, json: Switch = False) -> int:
-    """Prove an encoder bundle: its files by their sha256, its vectors by the probe.
+    """Prove an encoder bundle (files by sha256, vectors by the probe) and time it on this machine.
 
     Args:
         bundle: Its folder, or 'starter'.
         json: Print JSON only.
     """
-    from embedserve.encoder import Encoder
+    from embedserve.check import check_bundle
 
-    encoder = Encoder.load(bundle)
-    proof = encoder.prove()
-    described = encoder.bundle.description
-    towers = [name for name, there in (("image", encoder.has_images), ("text", encoder.has_text)) if there]
+    report = check_bundle(bundle)
     if json:
-        about = {"name": encoder.name, "dim": encoder.dim, "towers": towers}
-        about["fingerprint"] = encoder.bundle.fingerprint
-        print_json({"ok": True, **about, "probe": dataclasses.asdict(proof)})
+        print_json({"ok": True, **dataclasses.asdict(report)})
         return OK
-    print(f"{encoder.name}: {' and '.join(towers)}, {encoder.dim} numbers, {described.precision}")
-    print(f"files: {len(described.files)} with the right sha256")
-    for tower, cosine in (("image", proof.image_cosine), ("text", proof.text_cosine)):
+    print(f"{report.name}: {' and '.join(report.towers)}, {report.dim} numbers, from '{report.folder}'")
+    print(f"files   {report.files} with the sha256 they should have; loaded in {report.load_seconds:.2f} s")
+    for tower, cosine in (("image", report.proof.image_cosine), ("text", report.proof.text_cosine)):
         if cosine is not None:
-            print(f"{tower} probe: cosine {cosine:.6f} (at least {proof.min_cosine})")
-    print(f"licence: {described.licence}")
+            print(f"probe   {tower}: cosine {cosine:.6f} (at least {report.proof.min_cosine})")
+    speed = report.speed
+    if speed.images_per_second is not None:
+        print(f"speed   {speed.images_per_second:.0f} images/s on {speed.threads} threads")
+    if speed.texts_per_second is not None:
+        print(f"speed   {speed.texts_per_second:.0f} texts/s of {speed.text_tokens} tokens")
     return OK
 
 

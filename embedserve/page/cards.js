@@ -31,7 +31,7 @@ function card(item, { onlike, ondetail }) {
   const name = nameOf(item);
   names.set(item.id, name);
   const like = el("button", { type: "button", className: "like", title: "More like this", onclick: () => onlike(item) },
-    picture(item), el("span", { className: "sr-only" }, ", more like this"));
+    el("span", { className: "sr-only" }, "More like "), picture(item));
   const info = el("button", { type: "button", className: "info", title: "Details", onclick: () => ondetail(item) },
     icon("info"), el("span", { className: "sr-only" }, `Details of ${name}`));
   const node = el("li", { className: "card" }, like, info);

@@ -47,7 +47,7 @@ async function start() {
     if (!("status" in error)) throw error;
     readState();
     showView();
-    for (const id of ["results", "bars"]) $(id).replaceChildren(failure(error, { retry: start }));
+    $(state.view === "classify" ? "bars" : "results").replaceChildren(failure(error, { retry: start }));
     if (waits(error)) retryTimer = setTimeout(start, (error.retryAfter * 1000) || 3000);
     return;
   }
@@ -90,6 +90,7 @@ function showView() {
 
 function askForKey(message) {
   $("key-message").textContent = message;
+  $("key-message").classList.toggle("wrong", key() !== null);
   $("key-input").value = "";
   $("key").showModal();
   return new Promise((resolve) => {

@@ -43,7 +43,7 @@ def test_parts_that_cancel_out_are_refused() -> None:
 
 
 def test_weights_that_are_all_zero_are_refused() -> None:
-    with pytest.raises(InvalidField, match="all weights are 0"):
+    with pytest.raises(InvalidField, match="All weights are 0"):
         mix(np.stack([EAST, NORTH]), [0, 0])
 
 

@@ -98,7 +98,7 @@ def servers(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield running
         assert process.stdin
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
 
 
 def _without_text(folder: Path, out: Path) -> Path:

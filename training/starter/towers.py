@@ -1,0 +1,171 @@
+"""The starter's two networks: pixels and token ids in, unit vectors of 640 dimensions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["SEMANTIC", "VISUAL", "ImageNet", "SentenceNet", "class_table"]
+
+SEMANTIC, VISUAL = 384, 256
+SIZE = 224
+PAD = 0
+LEAST_LENGTH = 1e-6
+"""Below this a vector counts as zero and stays zero, instead of becoming noise or NaN."""
+
+
+class ImageNet(nn.Module):
+    """uint8 [batch, 224, 224, 3] → float32 [batch, 640].
+
+    Args:
+        network: A timm classifier with `forward_features`, `forward_head` and `classifier`, in eval mode.
+        classes: float32 [1000, 384], a text vector for each class (see `class_table`).
+        mean: float32 [features], subtracted from the square roots of the pooled features.
+        basis: float32 [features, 256], what they are multiplied with.
+        looks: a, the visual part's share of an image–image cosine, 0..1.
+        best: How many of the most probable classes count (k of ConSE).
+        sharpness: What the logits are multiplied with before the softmax; below 1 is softer.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: Tensor,
+        mean: Tensor,
+        basis: Tensor,
+        *,
+        looks: float,
+        best: int = 10,
+        sharpness: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("classes", classes)
+        self.register_buffer("mean", mean)
+        self.register_buffer("basis", basis)
+        self.looks, self.best, self.sharpness = looks, best, sharpness
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features [batch, features], all ≥ 0, and class logits [batch, 1000]."""
+        # 127 and 128, not timm's 127.5 twice, are what these weights were trained with.
+        scaled = (pixels.permute(0, 3, 1, 2).float() - 127.0) / 128.0
+        network: nn.Module = self.network
+        pooled = network.forward_head(network.forward_features(scaled), pre_logits=True)  # type: ignore[operator]
+        return pooled, network.classifier(pooled)  # type: ignore[operator]
+
+    def join(self, pooled: Tensor, logits: Tensor) -> Tensor:
+        """The vector from features and logits."""
+        best, index = torch.topk(logits * self.sharpness, self.best, dim=1)
+        # A softmax over the best ten is the softmax over all, cut to ten, up to a factor that _unit removes.
+        weight = torch.softmax(best, dim=1)
+        semantic = torch.matmul(weight[:, None, :], self.classes[index])[:, 0]
+        # Square roots tame the few features that would otherwise decide alone (Hellinger's kernel).
+        visual = torch.matmul(torch.sqrt(pooled) - self.mean, self.basis)
+        share = self.looks
+        return torch.cat([(1 - share) ** 0.5 * _unit(semantic), share**0.5 * _unit(visual)], dim=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.join(*self.features(pixels))
+
+
+class SentenceNet(nn.Module):
+    """int64 [batch, length] → float32 [batch, 640], the last 256 of them zero.
+
+    BERT (Devlin et al. 2019) with exact GELU, mean-pooled over the tokens that are not padding, as
+    sentence-transformers runs it. Written out because it is short, and exports to few ONNX nodes.
+
+    Args:
+        weights: Tensors under Hugging Face's `BertModel` names.
+        context: Positions to keep.
+        heads: Attention heads.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], context: int, *, heads: int = 12) -> None:
+        super().__init__()
+        self.words = nn.Parameter(weights["embeddings.word_embeddings.weight"])
+        kind = weights["embeddings.token_type_embeddings.weight"][0]  # every token is of sentence 0
+        self.positions = nn.Parameter(weights["embeddings.position_embeddings.weight"][:context] + kind)
+        self.norm = _layer_norm(weights, "embeddings.LayerNorm")
+        layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
+        self.layers = nn.ModuleList(_Layer(weights, f"encoder.layer.{i}.", heads) for i in range(layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        real = (tokens != PAD).float()
+        # e^-10000 is 0 in float32, so padding has no weight at all rather than a small one.
+        hidden_from = (1 - real)[:, None, None, :] * -10000.0
+        hidden = self.norm(self.words[tokens] + self.positions[: tokens.shape[1]])
+        for layer in self.layers:
+            hidden = layer(hidden, hidden_from)
+        pooled = torch.matmul(real[:, None, :], hidden)[:, 0]  # the mean, up to a factor
+        return F.pad(_unit(pooled), (0, VISUAL))
+
+
+class _Layer(nn.Module):
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        parts = [f"{prefix}attention.self.{name}" for name in ("query", "key", "value")]
+        self.project = _linear(
+            torch.cat([weights[f"{part}.weight"] for part in parts]),
+            torch.cat([weights[f"{part}.bias"] for part in parts]),
+        )
+        self.attended = _named_linear(weights, f"{prefix}attention.output.dense")
+        self.norm = _layer_norm(weights, f"{prefix}attention.output.LayerNorm")
+        self.widen = _named_linear(weights, f"{prefix}intermediate.dense")
+        self.narrow = _named_linear(weights, f"{prefix}output.dense")
+        self.last_norm = _layer_norm(weights, f"{prefix}output.LayerNorm")
+
+    def forward(self, hidden: Tensor, hidden_from: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        size = width // self.heads
+        parts = self.project(hidden).view(batch, length, 3, self.heads, size)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, heads, length, size]
+        scores = torch.matmul(query, key.transpose(2, 3)) * size**-0.5 + hidden_from
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
+        mixed = mixed.permute(0, 2, 1, 3).reshape(batch, length, width)
+        hidden = self.norm(hidden + self.attended(mixed))
+        out: Tensor = self.last_norm(hidden + self.narrow(F.gelu(self.widen(hidden))))
+        return out
+
+
+def class_table(
+    descriptions: Sequence[tuple[Sequence[str], str]], embed: Callable[[Sequence[str]], Tensor]
+) -> Tensor:
+    """A text vector for each class, float32 [classes, 384].
+
+    It is the mean of the class's names, taken one by one, plus the vector of its definition, and of unit
+    length; then what all classes have in common is subtracted, because it says nothing about an image and
+    draws all of them towards the same texts. (Definitions and centring were measured: see the model card.)
+
+    Args:
+        descriptions: Names and definition of each class, from `sources.class_descriptions`.
+        embed: Texts → unit vectors [n, 384].
+    """
+    names = embed([name for words, _ in descriptions for name in words])
+    of_class = names.split([len(words) for words, _ in descriptions])
+    means = torch.stack([_unit(vectors.mean(dim=0, keepdim=True))[0] for vectors in of_class])
+    table = _unit(means + embed([definition for _, definition in descriptions]))
+    return _unit(table - table.mean(dim=0))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.square().sum(dim=1, keepdim=True).sqrt().clamp_min(LEAST_LENGTH)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
+
+
+def _named_linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
+    return _linear(weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def _layer_norm(weights: Mapping[str, Tensor], name: str) -> nn.LayerNorm:
+    norm = nn.LayerNorm(weights[f"{name}.weight"].shape[0], eps=1e-12)
+    norm.load_state_dict({part: weights[f"{name}.{part}"] for part in ("weight", "bias")})
+    return norm
