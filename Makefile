@@ -38,7 +38,9 @@ format: install-dev ## Format and fix what can be fixed
 	$(DEV)/bin/ruff check --fix .
 
 bench: install-dev ## Run the benchmarks (see benchmarks/README.md)
-	$(DEV)/bin/python -m benchmarks
+	$(DEV)/bin/python -m benchmarks.decode
+	$(DEV)/bin/python -m benchmarks.memory
+	$(DEV)/bin/python -m benchmarks.serving
 
 starter: install-dev ## Build the bundled encoder anew
 	$(DEV)/bin/embedserve export starter --out embedserve/starter

@@ -255,8 +255,8 @@ class Encoder:
         lengths = np.linalg.norm(vectors, axis=1)
         bad = np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))  # NaN compares false
         if len(bad):
-            # All zeros is what an input gives that holds nothing the encoder knows (padding alone, say); NaN is
-            # trouble of the encoder's own.
+            # An input that holds nothing the encoder knows (padding alone, say) gives all zeros; NaN is the
+            # encoder's own trouble.
             failure = InvalidField if lengths[bad[0]] == 0 else EmbedServeError
             raise failure(
                 f"The encoder '{self.name}' gave a vector of length {lengths[bad[0]]:.3g} instead of 1 for "

@@ -235,16 +235,21 @@ class BodyLimit:
 
 
 class SecurityHeaders:
-    """ASGI middleware: tells browsers to run nothing but our own files, and to guess no content type."""
+    """ASGI middleware: tells browsers to run nothing but our own files, and to guess no content type.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        embeddable: Pages of other origins may show our pictures (where `cors_origin` lets them call).
+    """
+
+    def __init__(self, app: ASGIApp, *, embeddable: bool = False) -> None:
         self.app = app
+        self.headers = HEADERS if embeddable else {**HEADERS, "Cross-Origin-Resource-Policy": "same-origin"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
+                for name, value in self.headers.items():
                     headers.setdefault(name, value)
             await send(message)
 

@@ -205,4 +205,4 @@ def _show(value: object) -> str:
 
 def _closest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."
+    return (f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(known)}."

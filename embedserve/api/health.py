@@ -7,6 +7,7 @@ import base64
 import io
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -185,9 +186,13 @@ async def metrics(request: Request) -> Response:
 
 
 async def _scrape(parts: Services) -> bytes:
+    counts: dict[str, int] = {}
+    for name in parts.library.names():
+        # One that cannot be used has no items to tell; /v1/collections has its problem.
+        with suppress(EmbedServeError):
+            counts[name] = await (await parts.library.get(name)).count()
     items = parts.metrics.items
     items.clear()  # dropped collections leave no series behind
-    for info in await parts.library.list():
-        if info.items is not None:
-            items.labels(info.name).set(info.items)
+    for name, count in counts.items():
+        items.labels(name).set(count)
     return parts.metrics.text()

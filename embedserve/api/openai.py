@@ -51,14 +51,14 @@ class EmbeddingRequest(BaseModel):
 
     input: Annotated[Any, WithJsonSchema(INPUT_SCHEMA)]
     model: str | None = Field(None, description="The encoder's name, or left out.")
-    encoding_format: EncodingFormat = Field(
-        "float", description="base64: little-endian float32, a third of the size."
+    encoding_format: EncodingFormat | None = Field(
+        None, description="base64: little-endian float32, a third of the size."
     )
     dimensions: int | None = Field(
         None, ge=1, description="Keep so many leading numbers and renormalise; all by default."
     )
     modality: Literal["text", "image"] | None = Field(None, description="What the strings of `input` are.")
-    user: str | None = None
+    user: Any = Field(None, description="Not used.")
 
 
 class Embedding(BaseModel):
@@ -216,7 +216,7 @@ def shorten(vector: NDArray[np.float32], size: int, param: str) -> NDArray[np.fl
     return (prefix / norm).astype(np.float32)
 
 
-def render_vector(vector: NDArray[np.float32], encoding_format: EncodingFormat) -> list[float] | str:
+def render_vector(vector: NDArray[np.float32], encoding_format: EncodingFormat | None) -> list[float] | str:
     """As JSON numbers, or as base64 of little-endian float32."""
     if encoding_format == "base64":
         return pack_vector(vector)

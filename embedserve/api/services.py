@@ -55,10 +55,12 @@ def check_model(parts: Services, model: str | None) -> None:
     One process serves one encoder. Answering for any name, as some servers do, would let a client mix the
     vectors of two encoders without noticing.
     """
-    name = parts.towers.encoder.name
-    if model is not None and model != name:
+    names = {parts.towers.encoder.name}
+    if parts.config.encoder == "starter":
+        names.add("starter")  # as it is called where it is chosen
+    if model is not None and model not in names:
         raise NotFound(
-            f"Model '{model[:100]}' is not served here; {closest(model, [name])} "
+            f"Model '{model[:100]}' is not served here; {closest(model, names)} "
             "See /v1/models, or leave 'model' out.",
             param="model",
             code="model_not_found",

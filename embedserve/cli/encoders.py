@@ -187,6 +187,8 @@ def export(source: str, /, *, out: Path) -> int:
     try:
         from training.export import export as run
     except ImportError as error:
+        if (error.name or "").startswith("training"):  # our own fault, not a missing extra
+            raise
         raise EmbedServeError(
             f"Exporting needs '{error.name}'; install it with `pip install 'embedserve[train]'`.",
             code="missing_extra",

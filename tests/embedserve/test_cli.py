@@ -386,3 +386,20 @@ def test_verbs_ask_a_running_server_and_say_so_when_it_holds_the_data(
         locked = run("search", "red", "--data", tmp_path / "data", "--encoder", tiny_folder)
         assert locked.returncode == 1
         assert "--url http://127.0.0.1:8000" in locked.stderr
+
+
+def test_ctrl_c_ends_a_verb_with_exit_code_130_and_no_traceback(tiny_folder: Path, tmp_path: Path) -> None:
+    """A pipe in place of an image: once it is opened, the verb is at work."""
+    os.mkfifo(tmp_path / "pipe.png")
+    command = [*COMMAND, "embed", str(tmp_path / "pipe.png"), "--encoder", str(tiny_folder)]
+    with subprocess.Popen(
+        [*command, "--data", str(tmp_path / "data")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        with (tmp_path / "pipe.png").open("wb"):
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert err == "Interrupted; what was answered is kept.\n"

@@ -136,7 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestHistories = StoreMachine.TestCase
 TestHistories.settings = settings(
-    max_examples=25,
+    max_examples=15,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,

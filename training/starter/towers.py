@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SEMANTIC", "VISUAL", "ImageNet", "SentenceNet", "class_table"]
+__all__ = ["SEMANTIC", "VISUAL", "ImageNetwork", "TextNetwork", "class_table"]
 
 SEMANTIC, VISUAL = 384, 256
 SIZE = 224
@@ -17,7 +17,7 @@ LEAST_LENGTH = 1e-6
 """Below this a vector counts as zero and stays zero, instead of becoming noise or NaN."""
 
 
-class ImageNet(nn.Module):
+class ImageNetwork(nn.Module):
     """uint8 [batch, 224, 224, 3] → float32 [batch, 640].
 
     Args:
@@ -43,9 +43,7 @@ class ImageNet(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("classes", classes)
-        self.register_buffer("mean", mean)
-        self.register_buffer("basis", basis)
+        self.classes, self.mean, self.basis = nn.Buffer(classes), nn.Buffer(mean), nn.Buffer(basis)
         self.looks, self.best, self.sharpness = looks, best, sharpness
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +59,7 @@ class ImageNet(nn.Module):
         best, index = torch.topk(logits * self.sharpness, self.best, dim=1)
         # A softmax over the best ten is the softmax over all, cut to ten, up to a factor that _unit removes.
         weight = torch.softmax(best, dim=1)
-        semantic = torch.matmul(weight[:, None, :], self.classes[index])[:, 0]
+        semantic = torch.matmul(weight[:, None, :], F.embedding(index, self.classes))[:, 0]
         # Square roots tame the few features that would otherwise decide alone (Hellinger's kernel).
         visual = torch.matmul(torch.sqrt(pooled) - self.mean, self.basis)
         share = self.looks
@@ -71,7 +69,7 @@ class ImageNet(nn.Module):
         return self.join(*self.features(pixels))
 
 
-class SentenceNet(nn.Module):
+class TextNetwork(nn.Module):
     """int64 [batch, length] → float32 [batch, 640], the last 256 of them zero.
 
     BERT (Devlin et al. 2019) with exact GELU, mean-pooled over the tokens that are not padding, as
@@ -96,7 +94,7 @@ class SentenceNet(nn.Module):
         real = (tokens != PAD).float()
         # e^-10000 is 0 in float32, so padding has no weight at all rather than a small one.
         hidden_from = (1 - real)[:, None, None, :] * -10000.0
-        hidden = self.norm(self.words[tokens] + self.positions[: tokens.shape[1]])
+        hidden = self.norm(F.embedding(tokens, self.words) + self.positions[: tokens.shape[1]])
         for layer in self.layers:
             hidden = layer(hidden, hidden_from)
         pooled = torch.matmul(real[:, None, :], hidden)[:, 0]  # the mean, up to a factor

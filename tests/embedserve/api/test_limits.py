@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from embedserve.app import create_app
 from embedserve.config import Limits, ServeConfig
-from tests.embedserve.api.requests import error, ok, picture, serving, upload
+from tests.embedserve.api.requests import error, listening, ok, picture, serving, upload
 from tests.embedserve.colours import RED, png
 
 LIMITS = Limits(max_body_bytes=20_000, max_image_bytes=5000, max_inputs=4, max_pixels=10_000, max_k=3)
@@ -154,3 +154,24 @@ async def test_a_full_queue_is_a_429_for_one_as_for_many_and_the_server_stays_re
         assert len(ok(await two)["results"]) == 2
         ok(await ready)
         assert "embedserve_queue_waiting" in (await client.get("/metrics")).text
+
+
+def test_a_large_upload_that_is_refused_still_gets_its_answer(tmp_path: Path, tiny_folder: Path) -> None:
+    """A server that closes at once makes clients report a broken connection instead of the reason."""
+    body = b"a" * 5_000_000
+    headers = {"Content-Type": "application/json"}
+
+    def chunks() -> Iterator[bytes]:
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    with (
+        listening(tmp_path, tiny_folder, api_key=("secret",), limits=LIMITS) as url,
+        httpx2.Client(base_url=url) as client,
+    ):
+        for content in (body, chunks()):
+            error(client.post("/v1/embed", content=content, headers=headers), 401)
+        headers["Authorization"] = "Bearer secret"
+        for content in (body, chunks()):
+            error(client.post("/v1/embed", content=content, headers=headers), 413, "body_too_large")
+        ok(client.post("/v1/embed", json={"inputs": ["red"]}, headers=headers))

@@ -1,0 +1,244 @@
+"""The starter as an encoder bundle: networks → ONNX graphs → proof against PyTorch → folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from embedserve.bundle import Bundle, Description, ImageTower, Probe, Scoring, TextTower, new_bundle, open_bundle, seal
+from embedserve.encoder import Encoder
+from training.starter import sources, visual
+from training.starter.compact import Store, export_graph, store_weights
+from training.starter.towers import PAD, SEMANTIC, SIZE, VISUAL, ImageNetwork, TextNetwork, class_table
+
+__all__ = ["BEST", "LOGIT_SCALE", "LOOKS", "SHARPNESS", "Networks", "build", "networks"]
+
+LOOKS = 0.75
+"""a: three quarters of an image–image cosine are looks. `benchmarks/starter_quality.py` compares others."""
+BEST, SHARPNESS = 10, 0.7
+LOGIT_SCALE = 20.0
+"""Least negative log-likelihood of zero-shot probabilities; `benchmarks/starter_quality.py` fits it."""
+MIN_COSINE = 0.999
+DIM = SEMANTIC + VISUAL
+MEASURED = Path(__file__).parent / "measured.json"
+"""Quality, as `benchmarks/starter_quality.py --record` wrote it down."""
+LICENCE = "Apache-2.0"
+PROBE_TEXT = "a red circle beside a blue square"
+
+TEXT_STORES: dict[str, Store] = {"words": "int8 rows", "positions": "float16"}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The starter in PyTorch, float32: what the bundle is measured against."""
+
+    image: ImageNetwork
+    text: TextNetwork
+    tokenizer: Tokenizer
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to the context, unpadded."""
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(list(texts))]
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """float32 [n, 640]."""
+        return torch.cat([self.text(torch.from_numpy(part)) for part in _padded(self.tokens(texts))])
+
+    @torch.no_grad()
+    def embed_images(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """uint8 [n, 224, 224, 3] → float32 [n, 640]."""
+        return torch.cat([self.image(part) for part in torch.from_numpy(pixels).split(32)])
+
+
+def networks(*, looks: float = LOOKS) -> Networks:
+    """Reads the weights and joins them. Takes a few seconds, most of it for the class descriptions."""
+    text = TextNetwork(sources.sentence_weights(), sources.CONTEXT_LENGTH).eval()
+    tokenizer = Tokenizer.from_str(sources.tokenizer_json().decode("utf-8"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(sources.CONTEXT_LENGTH)
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> Tensor:
+        tokens = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))  # short with short: less padding
+        vectors = torch.cat([text(torch.from_numpy(part)) for part in _padded([tokens[index] for index in order])])
+        return vectors[torch.from_numpy(np.argsort(order))][:, :SEMANTIC]
+
+    table = class_table(sources.class_descriptions(), embed)
+    mean, basis = visual.load()
+    classifier = _fold_batch_norms(sources.classifier())
+    image = ImageNetwork(classifier, table, mean, basis, looks=looks, best=BEST, sharpness=SHARPNESS).eval()
+    return Networks(image, text, tokenizer)
+
+
+def build(out: Path) -> Bundle:
+    """Writes the bundle to `out` and proves it: graphs against PyTorch, then the whole path by its probe.
+
+    Raises:
+        BundleError: `out` holds something else, or an ingredient is missing.
+        RuntimeError: A graph departs from its network by more than the probe would forgive.
+    """
+    joined = networks()
+    image_graph, text_graph = graphs(joined)
+    parity = {
+        "image": _agreement(
+            image_graph, [_drawings(200)[start : start + 25] for start in range(0, 200, 25)], joined.image
+        ),
+        "text": _agreement(text_graph, _padded(joined.tokens(_texts(300))), joined.text),
+        "command": "embedserve export starter",
+    }
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    with new_bundle(out) as folder:
+        onnx.save(image_graph, folder / "image.onnx")
+        onnx.save(text_graph, folder / "text.onnx")
+        (folder / "tokenizer.json").write_bytes(sources.tokenizer_json())
+        (folder / "LICENSES.md").write_text(_beside("licences.md"), encoding="utf-8")
+        (folder / "README.md").write_text(_card(parity, measured), encoding="utf-8")
+        description = Description(
+            name="starter",
+            dim=DIM,
+            image=ImageTower(preprocessing=visual.PREPROCESSING),
+            text=TextTower(context_length=sources.CONTEXT_LENGTH, pad_id=PAD),
+            scoring=Scoring(logit_scale=LOGIT_SCALE),
+            dims=(SEMANTIC, DIM),
+            precision="float32; weights stored in float16 (image) and int8 (text)",
+            parity=parity,
+            evaluation=measured,
+            licence=LICENCE,
+            source=", ".join(f"{name} {version}" for name, version in sources.versions().items()),
+        )
+        seal(folder, description)
+        probe = Encoder.load(folder).make_probe(_probe_png(), PROBE_TEXT)
+        seal(folder, description.model_copy(update={"probe": _with_least(probe)}))
+    Encoder.load(out).prove()
+    return open_bundle(out)
+
+
+def graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The two graphs as they are shipped, weights stored in 16 (image) and 8 bits (text)."""
+    image, text = full_graphs(joined)
+    return store_weights(image, {}, "float16"), store_weights(text, TEXT_STORES, "int8 columns")
+
+
+def full_graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The two graphs with float32 weights."""
+    output = ("batch", DIM)
+    pixels = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8)
+    image = export_graph(joined.image, pixels, "pixels", {0: ("batch", 4096)}, output)
+    axes = {0: ("batch", 4096), 1: ("length", sources.CONTEXT_LENGTH)}
+    text = export_graph(joined.text, torch.ones(2, 8, dtype=torch.int64), "tokens", axes, output)
+    return image, text
+
+
+def _agreement(model: onnx.ModelProto, batches: Sequence[NDArray[np.generic]], network: nn.Module) -> dict[str, Any]:
+    """Cosines between the graph in ONNX Runtime and the network in PyTorch, float32."""
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    cosines: list[float] = []
+    for batch in batches:
+        with torch.no_grad():
+            expected = network(torch.from_numpy(batch)).numpy()
+        cosines += (session.run(None, {name: batch})[0] * expected).sum(axis=1).tolist()
+    least = min(cosines)
+    if not least >= 0.98:
+        raise RuntimeError(f"a vector of the exported graph has cosine {least:.4f} to PyTorch's; at least 0.98 is needed")
+    return {"n": len(cosines), "min_cosine": round(least, 4), "mean_cosine": round(sum(cosines) / len(cosines), 5)}
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Each batch norm into the convolution before it: the same numbers, half the nodes."""
+    from timm.layers import BatchNormAct2d
+
+    for parent in list(network.modules()):
+        children = list(parent.named_children())
+        for (first_name, first), (name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(first, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
+                setattr(parent, first_name, fuse_conv_bn_eval(first, norm))
+                setattr(parent, name, nn.Sequential(norm.drop, norm.act))
+    return network
+
+
+def _padded(tokens: Sequence[Sequence[int]], size: int = 50) -> list[NDArray[np.int64]]:
+    """Batches of `size` texts, each padded to its longest."""
+    batches = []
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        batch = np.full((len(part), max(map(len, part))), PAD, np.int64)
+        for row, ids in zip(batch, part, strict=True):
+            row[: len(ids)] = ids
+        batches.append(batch)
+    return batches
+
+
+def _texts(count: int) -> list[str]:
+    """Class names and definitions by turns: 3 to about 60 tokens."""
+    descriptions = sources.class_descriptions()[:: 2 * 1000 // count]
+    return [text for names, definition in descriptions for text in (names[0], definition)][:count]
+
+
+def _drawings(count: int) -> NDArray[np.uint8]:
+    """Pictures of shapes, ramps and noise, uint8 [count, 224, 224, 3]; the same ones every time."""
+    draw = random.Random(0)  # noqa: S311
+    return np.stack([np.asarray(_drawing(draw, SIZE)) for _ in range(count)])
+
+
+def _drawing(draw: random.Random, size: int) -> Image.Image:
+    def colour() -> tuple[int, int, int]:
+        return draw.randrange(256), draw.randrange(256), draw.randrange(256)
+
+    picture = Image.new("RGB", (size, size), colour())
+    if draw.random() < 0.5:
+        ramp = Image.linear_gradient("L").resize((size, size)).rotate(draw.randrange(360))
+        picture = Image.composite(picture, Image.new("RGB", (size, size), colour()), ramp)
+    pen = ImageDraw.Draw(picture)
+    shapes: list[Callable[..., None]] = [pen.ellipse, pen.rectangle, pen.line]
+    for _ in range(draw.randrange(1, 9)):
+        xs, ys = (sorted(draw.randrange(size) for _ in range(2)) for _ in range(2))
+        draw.choice(shapes)([xs[0], ys[0], xs[1], ys[1]], fill=colour())
+    if draw.random() < 0.3:
+        noise = np.frombuffer(draw.randbytes(size * size * 3), np.uint8).reshape(size, size, 3)
+        picture = Image.blend(picture, Image.fromarray(noise), 0.3)
+    return picture
+
+
+def _probe_png() -> bytes:
+    """A red circle beside a blue square, 64 pixels wide."""
+    picture = Image.new("RGB", (64, 48), (255, 255, 255))
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse([4, 12, 28, 36], fill=(210, 30, 30))
+    pen.rectangle([36, 12, 60, 36], fill=(30, 60, 200))
+    stream = BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _with_least(probe: Probe) -> Probe:
+    return probe.model_copy(update={"min_cosine": MIN_COSINE})
+
+
+def _beside(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _card(parity: dict[str, Any], measured: dict[str, Any]) -> str:
+    rows = [
+        f"| {tower} | {parity[tower]['n']} | {parity[tower]['min_cosine']} | {parity[tower]['mean_cosine']} |"
+        for tower in ("image", "text")
+    ]
+    return _beside("card.md").replace("{parity}", "\n".join(rows)).replace("{measured}", measured["table"])

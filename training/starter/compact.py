@@ -1,0 +1,168 @@
+"""ONNX graphs whose weights are stored in few bits and computed with in float32.
+
+Each stored weight is followed by the nodes that bring it back: a Cast, and for 8 bits a Mul with the scales.
+ONNX Runtime folds those nodes away while it loads, so a run costs what it costs in float32, on every
+processor, and a vector does not depend on what else is in its batch. (Integer arithmetic instead would take
+one scale for a whole batch of activations, and saturates on processors without VNNI when its weights use all
+8 bits.)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+__all__ = ["Store", "export_graph", "store_weights"]
+
+Store = Literal["float16", "int8 rows", "int8 columns"]
+"""int8 rows has one scale for each row (an embedding table), int8 columns one for each column (a matrix that
+inputs are multiplied with from the left)."""
+
+OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
+SMALL = 4096
+"""Weights with fewer numbers stay float32: their bytes do not count, their precision does."""
+
+
+def export_graph(
+    network: nn.Module, example: Tensor, name: str, axes: Mapping[int, tuple[str, int]], shape: tuple[int | str, ...]
+) -> onnx.ModelProto:
+    """`network` as an ONNX graph of one input `name` and one output `embedding`, without traces of this machine.
+
+    Args:
+        network: Takes one tensor, returns one tensor [batch, dim].
+        example: An input; its sizes along `axes` must be above 1, since 1 would be taken for a constant.
+        name: The input's name.
+        axes: Which dimensions of the input are free: their names and largest sizes.
+        shape: The output's shape, for the reader of the graph.
+    """
+    free = {index: torch.export.Dim(axis, min=1, max=longest) for index, (axis, longest) in axes.items()}
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            network.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[name],
+            output_names=["embedding"],
+            dynamic_shapes=(free,),
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    return _anonymous(program.model_proto, name, shape)
+
+
+def store_weights(model: onnx.ModelProto, stores: Mapping[str, Store], default: Store | None) -> onnx.ModelProto:
+    """A copy of `model` with its large float32 weights stored otherwise.
+
+    A table of which rows are gathered stays as it is stored: the rows are brought back after the gathering,
+    which saves the memory of the whole table.
+
+    Args:
+        model: As from `export_graph`.
+        stores: Weight name → how to store it. Every name has to be in the graph.
+        default: How to store large weights that are not named; None leaves them.
+
+    Raises:
+        KeyError: A name in `stores` is not a weight of the graph.
+    """
+    unknown = set(stores) - {weight.name for weight in model.graph.initializer}
+    if unknown:
+        raise KeyError(f"no such weights: {sorted(unknown)}")
+    compact = onnx.ModelProto()
+    compact.CopyFrom(model)
+    graph = compact.graph
+    del graph.initializer[:], graph.node[:]
+    nodes = list(model.graph.node)
+    for weight in model.graph.initializer:
+        store = stores.get(weight.name, default)
+        values = numpy_helper.to_array(weight)
+        if store is None or values.dtype != np.float32 or values.size < SMALL:
+            graph.initializer.append(weight)
+            continue
+        parts = _split(weight.name, values, store)
+        graph.initializer.extend(parts)
+        readers = [node for node in nodes if weight.name in node.input]
+        if store == "int8 rows" and all(node.op_type == "Gather" for node in readers):
+            at = nodes.index(readers[0])
+            for node in readers:
+                nodes.remove(node)
+                nodes[at:at] = _gather_then_restore(node, [part.name for part in parts])
+        else:
+            graph.node.extend(_restore(weight.name, [part.name for part in parts]))
+    graph.node.extend(nodes)
+    return compact
+
+
+def _split(name: str, values: NDArray[np.float32], store: Store) -> list[onnx.TensorProto]:
+    """The numbers in few bits, and for int8 the scales that each row or column shares."""
+    if store == "float16":
+        return [numpy_helper.from_array(values.astype(np.float16), f"{name}.half")]
+    axis = 1 if store == "int8 rows" else 0
+    scale = np.maximum(np.abs(values).max(axis=axis, keepdims=True) / 127, 1e-12).astype(np.float32)
+    whole = np.round(values / scale).astype(np.int8)
+    return [numpy_helper.from_array(whole, f"{name}.int8"), numpy_helper.from_array(scale, f"{name}.scale")]
+
+
+def _restore(name: str, stored: list[str]) -> list[onnx.NodeProto]:
+    to_float = {"to": onnx.TensorProto.FLOAT}
+    if len(stored) == 1:
+        return [helper.make_node("Cast", stored, [name], **to_float)]
+    return [
+        helper.make_node("Cast", [stored[0]], [f"{name}.whole"], **to_float),
+        helper.make_node("Mul", [f"{name}.whole", stored[1]], [name]),
+    ]
+
+
+def _gather_then_restore(gather: onnx.NodeProto, stored: list[str]) -> list[onnx.NodeProto]:
+    result = gather.output[0]
+    names = [f"{result}.{part}" for part in ("int8", "scale")]
+    gathers = [
+        helper.make_node("Gather", [table, gather.input[1]], [name], axis=0)
+        for table, name in zip(stored, names, strict=True)
+    ]
+    return [*gathers, *_restore(result, names)]
+
+
+def _anonymous(model: onnx.ModelProto, name: str, shape: tuple[int | str, ...]) -> onnx.ModelProto:
+    """Drops what the exporter notes about its own run: stack traces with file names, scopes, shapes."""
+    graph = model.graph
+    graph.name, graph.doc_string = "embedserve", ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for node in graph.node:
+        node.doc_string, node.name = "", ""
+        del node.metadata_props[:]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    (only,), (embedding,) = graph.input, graph.output
+    if only.name != name or embedding.name != "embedding":
+        raise RuntimeError(f"the exporter named {only.name} → {embedding.name}, not {name} → embedding")
+    output = helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, shape)
+    graph.output[0].CopyFrom(output)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs its progress and warns about its own internals; neither is the user's concern."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
