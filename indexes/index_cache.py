@@ -43,7 +43,6 @@ class IndexCache:
     def __init__(self, folder: Path, dim: int) -> None:
         self.folder, self.dim = folder, dim
         self._saved: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
-        folder.mkdir(exist_ok=True)
 
     def exists(self) -> bool:
         return (self.folder / "manifest.json").exists()

@@ -34,6 +34,7 @@ from indexes.base import (
     Item,
     Metadata,
     StoreCorrupt,
+    StoreError,
     Vectors,
     check_ids,
     check_metadata,
@@ -83,8 +84,14 @@ class LocalStore:
     ) -> None:
         self.folder, self.dim = Path(folder), dim
         self._tail_rows, self._save_rows = tail_rows, save_rows
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.folder)
+        try:
+            (self.folder / "index").mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder)
+        except OSError as error:
+            raise StoreError(
+                f"the folder '{self.folder}' cannot hold a store: {error.strerror}. "
+                "Name one that may be written."
+            ) from error
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="store-search")
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="store-saver")
         self._path = self.folder / "items.sqlite"

@@ -35,6 +35,8 @@ def export(source: str, out: Path) -> Bundle:
     """
     if source not in SOURCES:
         raise InvalidField(
-            f"'{source}' cannot be exported; {closest(source, SOURCES)}", param="source", code="unknown_source"
+            f"'{source}' cannot be exported; {closest(source, SOURCES)}",
+            param="source",
+            code="unknown_source",
         )
     return SOURCES[source](Path(out))

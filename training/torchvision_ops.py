@@ -6,7 +6,7 @@ torchvision decorates that operator while it is imported. Registering the two sc
 for is enough: models, transforms and everything else that is Python works. Calling `nms` or `qnms` still
 fails, and says so; nothing here, in timm or in open_clip calls them.
 
-Call it before torchvision, timm or open_clip are imported:
+Call it before torchvision, timm, open_clip or transformers are imported:
 
     torchvision_ops.register()
     import timm
@@ -29,6 +29,7 @@ SCHEMAS = (
 )
 """As torchvision's C++ declares them (torchvision/csrc/ops/nms.cpp and ops/quantized/cpu/qnms_kernel.cpp)."""
 
+# torch annotates none of what is called on it and below, hence the ignores.
 _library: torch.library.Library | None = None  # schemas live as long as this object
 
 
@@ -40,13 +41,13 @@ def register() -> bool:
     """
     global _library  # noqa: PLW0603 -- torch keeps one registry for the process; this mirrors it
     _load_compiled_operators()
-    missing = [schema for schema in SCHEMAS if not _is_registered(schema)]
-    if missing and _library is None:
-        # A fragment adds to the namespace; it may be there already with other operators.
-        _library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in missing:
-        assert _library is not None
-        _library.define(schema)
+    for schema in SCHEMAS:
+        if _is_registered(schema):
+            continue
+        if _library is None:
+            # A fragment adds to the namespace; it may be there already with other operators.
+            _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        _library.define(schema)  # type: ignore[no-untyped-call]
     return _library is not None
 
 
@@ -61,6 +62,6 @@ def _load_compiled_operators() -> None:
         return
     for library in sorted(Path(found.origin).parent.glob("_C*")):
         try:
-            torch.ops.load_library(library)
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         except OSError:
             return  # built for another torch: the case this module is for

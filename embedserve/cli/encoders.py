@@ -185,7 +185,9 @@ def export(source: str, /, *, out: Path) -> int:
         out: The bundle's folder.
     """
     try:
-        from training.export import export as run
+        from training.export import export as write
+
+        bundle = write(source, out)
     except ImportError as error:
         if (error.name or "").startswith("training"):  # our own fault, not a missing extra
             raise
@@ -193,5 +195,5 @@ def export(source: str, /, *, out: Path) -> int:
             f"Exporting needs '{error.name}'; install it with `pip install 'embedserve[train]'`.",
             code="missing_extra",
         ) from None
-    run(source, out)
+    print(f"{bundle.name}: {bundle.dim} numbers, written to '{bundle.folder}'")
     return OK

@@ -278,6 +278,21 @@ def test_check_proves_a_bundle_and_refuses_an_altered_one(
     assert "sha256" in json.loads(out)["error"]["message"]
 
 
+def test_export_answers_an_unknown_source_with_the_closest(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("export", "strater", "--out", tmp_path / "out", here=False)
+    assert code == 1
+    assert "did you mean 'starter'" in err
+
+
+def test_export_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['torch'] = None\n"
+    code = hide + "from embedserve.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "export", "starter", "--out", str(tmp_path / "out")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("embedserve: Exporting needs 'torch'; install it with `pip install ")
+
+
 def test_embedserve_variables_are_options(
     command: Command, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ class Clients:
         self.answers = 0
         self.until = until
         self.enough = asyncio.Event()
+        self.killed = False
 
     async def run(self, ledger: Ledger, http: httpx2.AsyncClient, rng: np.random.Generator) -> None:
         """Writes and deletes until the server is gone."""
@@ -124,7 +125,9 @@ class Clients:
             try:
                 response = await http.send(request)
             except httpx2.TransportError:
-                return  # killed: `asked` keeps what is in doubt
+                if self.killed:
+                    return  # and `asked` keeps what is in doubt
+                raise
             assert response.status_code == 200, response.text
             if request.method == "POST":
                 assert response.json()["failed"] == 0, response.text
@@ -234,9 +237,13 @@ async def test_kill_9_loses_no_acknowledged_write_and_brings_no_deleted_item_bac
             enough = asyncio.create_task(clients.enough.wait())
             await asyncio.wait([*running, enough], return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(rng.uniform(0, 0.03))  # into the middle of whatever goes on
+            died = process.returncode
+            clients.killed = True
             process.kill()
-            await asyncio.gather(*running)
-            await enough
+            ends = await asyncio.gather(*running, return_exceptions=True)
+            enough.cancel()
+            assert died is None, f"the server ended by itself with {died} and {ends}"
+            assert ends == [None] * CLIENTS, ends
         answers += clients.answers
         in_doubt += sum(bool(ledger.asked) for ledger in ledgers)
     async with (

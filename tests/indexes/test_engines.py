@@ -22,8 +22,8 @@ from tests.indexes.conformance import DIM, Conformance, assert_same_hits
 
 class TestMemory(Conformance):
     @pytest.fixture
-    def store(self) -> Iterator[VectorStore]:
-        yield open_store("memory:", DIM)
+    def store(self) -> VectorStore:
+        return open_store("memory:", DIM)
 
 
 class TestLocal(Conformance):
@@ -136,7 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestHistories = StoreMachine.TestCase
 TestHistories.settings = settings(
-    max_examples=15,
+    max_examples=12,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
@@ -162,8 +162,8 @@ def test_larger_stores_agree_with_the_oracle_filtered_or_not(tmp_path: Path) -> 
             store.delete(filter={"mod": {"$in": [3, 4]}})
             store.upsert(ids[:100], vectors[100:200], metadata[:100])
         for wanted in (None, {"n": {"$lt": 50}}, {"mod": 1}, {"mod": {"$lt": 8}}, {"n": 2999}):
-            for some in (queries, queries[:1]):
-                answers = [store.search(some, 20, filter=wanted) for store in (local, oracle)]
+            for asked in (queries, queries[:1]):
+                answers = [store.search(asked, 20, filter=wanted) for store in (local, oracle)]
                 for got, expected in zip(*answers, strict=True):
                     assert_same_hits(got, expected)
         assert local.stats()["index"]["segments"] > 1

@@ -14,7 +14,7 @@ from indexes.base import InvalidFilter, InvalidMetadata, check_metadata
 from indexes.conditions import Sql
 from indexes.filters import MAX_CONDITIONS, MAX_DEPTH, MAX_VALUES, parse_filter
 
-ITEMS = [
+ITEMS: list[dict[str, Any]] = [
     {},
     {"a": None},
     {"a": True},
@@ -111,17 +111,17 @@ def test_a_filter_means_what_its_documentation_says(
 def test_strings_compare_by_code_point(connection: sqlite3.Connection) -> None:
     items = [{"a": text} for text in ("Z", "a", "z", "ä", "\uffff", "😀")]
     for text in ("Z", "ä", "\uffff"):
-        filter = {"a": {"$gt": text}}
-        assert in_sql(connection, filter, items) == in_python(filter, items)
-        assert in_python(filter, items) == [str(item["a"]) > text for item in items]
+        above = {"a": {"$gt": text}}
+        assert in_sql(connection, above, items) == in_python(above, items)
+        assert in_python(above, items) == [str(item["a"]) > text for item in items]
 
 
 def test_large_integers_and_their_neighbouring_floats_stay_distinct(connection: sqlite3.Connection) -> None:
     items: list[dict[str, Any]] = [{"a": 2**53 + 1}, {"a": float(2**53)}, {"a": 2**63 - 1}, {"a": -(2**63)}]
     for operator in ("$eq", "$gt", "$lte"):
         for value in (2**53, 2**53 + 1, float(2**53), 2**63 - 1, 9.3e18, -(2**63)):
-            filter = {"a": {operator: value}}
-            assert in_sql(connection, filter, items) == in_python(filter, items)
+            wanted = {"a": {operator: value}}
+            assert in_sql(connection, wanted, items) == in_python(wanted, items)
 
 
 NAMES = st.sampled_from(
@@ -160,7 +160,7 @@ FILTERS: st.SearchStrategy[dict[str, Any]] = st.recursive(
     st.dictionaries(FIELDS, SCALARS | operators(1), max_size=2),
     lambda inner: (
         st.dictionaries(st.sampled_from(["$and", "$or"]), st.lists(inner, min_size=1, max_size=3), min_size=1)
-        | inner.map(lambda filter: {"$not": filter})
+        | inner.map(lambda each: {"$not": each})
     ),
     max_leaves=4,
 )
@@ -189,8 +189,8 @@ def test_each_value_is_found_by_its_own_field(
     """Random filters seldom match; these always should."""
     for name, value in metadata.items():
         if isinstance(value, str | int | float) or value is None:
-            filter = {name.replace(".", "\\."): value}
-            assert in_sql(connection, filter, [metadata]) == [True] == in_python(filter, [metadata])
+            wanted = {name.replace(".", "\\."): value}
+            assert in_sql(connection, wanted, [metadata]) == [True] == in_python(wanted, [metadata])
 
 
 @BOUNDED
@@ -205,18 +205,11 @@ def test_true_and_one_are_different_filters() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["x' OR '1'='1", 'x") OR 1=1 --', "x'); DROP TABLE t; --", ":p0", "?", "$.a", "a[0]"]
+    "field", ["x' OR '1'='1", 'x") OR 1=1 --', "x'); DROP TABLE t; --", ":p0", "?", "a[0]"]
 )
 def test_a_field_name_is_never_sql(connection: sqlite3.Connection, field: str) -> None:
-    if field.startswith("$"):
-        with pytest.raises(InvalidFilter):
-            parse_filter({field: 1})
-        return
-    assert in_sql(connection, {field: "y"}, [{}, {"x": "y"}, {field.split(".")[0]: "y"}])[:2] == [
-        False,
-        False,
-    ]
-    assert in_sql(connection, {field.replace(".", "\\."): field}, [{field: field}, {}]) == [True, False]
+    assert in_sql(connection, {field: "y"}, [{}, {"x": "y"}, {"a": ["y"]}]) == [False, False, False]
+    assert in_sql(connection, {field: field}, [{field: field}, {}]) == [True, False]
 
 
 def test_the_largest_allowed_filter_runs(connection: sqlite3.Connection) -> None:

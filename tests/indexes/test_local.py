@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,7 +185,8 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -
 
 def test_small_stores_open_quickly(tmp_path: Path) -> None:
     with LocalStore(tmp_path, 640) as store:
-        store.upsert([str(i) for i in range(1000)], np.random.default_rng(0).standard_normal((1000, 640)))
+        vectors = np.random.default_rng(0).standard_normal((1000, 640)).astype(np.float32)
+        store.upsert([str(i) for i in range(1000)], vectors)
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -350,53 +352,42 @@ def test_the_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------------- group commit
 
 
-def _at_once(*calls: Callable[[], object]) -> list[BaseException | None]:
-    """Runs the calls in threads of their own; what each raised."""
-    raised: list[BaseException | None] = [None] * len(calls)
+def _in_one_group(store: LocalStore, *calls: Callable[[], object]) -> list[BaseException | None]:
+    """Runs the calls in threads of their own, queued in this order behind a held commit; what each raised."""
+    writer: Any = store._writer
+    raised: list[BaseException | None] = [None] * (len(calls) + 1)
+    holding, release = threading.Event(), threading.Event()
 
-    def run(at: int) -> None:
+    def hold(connection: sqlite3.Connection) -> object:
+        holding.set()
+        release.wait()
+        raise StoreError("held")
+
+    def run(at: int, call: Callable[[], object]) -> None:
         try:
-            calls[at]()
+            call()
         except StoreError as error:
             raised[at] = error
 
-    threads = [threading.Thread(target=run, args=(at,)) for at in range(len(calls))]
-    for thread in threads:
-        thread.start()
+    threads = [threading.Thread(target=run, args=(-1, lambda: writer.submit(hold)))]
+    threads[0].start()
+    holding.wait()
+    for at, call in enumerate(calls):
+        threads.append(threading.Thread(target=run, args=(at, call)))
+        with writer._wake:
+            threads[-1].start()
+            writer._wake.wait_for(lambda: len(writer._queue) > at)  # noqa: B023 - called at once
+    release.set()
     for thread in threads:
         thread.join()
-    return raised
-
-
-class HeldWriter:
-    """Keeps the writer from committing until so many callers wait."""
-
-    def __init__(self, store: LocalStore) -> None:
-        self.writer = store._writer
-
-    def run(self, *calls: Callable[[], object]) -> list[BaseException | None]:
-        started = threading.Event()
-
-        def first() -> None:
-            def hold(connection: sqlite3.Connection) -> object:
-                started.set()
-                while len(self.writer._queue) < len(calls):
-                    time.sleep(0.001)
-                raise StoreError("held")
-
-            self.writer.submit(hold)  # type: ignore[arg-type]
-
-        def after(call: Callable[[], object]) -> Callable[[], object]:
-            return lambda: (started.wait(), call())
-
-        return _at_once(first, *(after(call) for call in calls))[1:]
+    return raised[:-1]
 
 
 def test_callers_who_wait_share_one_commit(tmp_path: Path) -> None:
     with LocalStore(tmp_path, DIM) as store:
         before = store.stats()["commits"]
         calls = [lambda i=i: store.upsert([f"id{i}"], vector(1, i, 0, 0), [{"i": i}]) for i in range(40)]
-        assert HeldWriter(store).run(*calls) == [None] * 40
+        assert _in_one_group(store, *calls) == [None] * 40
         assert store.stats()["commits"] == before + 1
         assert store.count() == 40
         assert store.count({"i": {"$lt": 10}}) == 10
@@ -404,37 +395,14 @@ def test_callers_who_wait_share_one_commit(tmp_path: Path) -> None:
 
 def test_writes_of_one_commit_keep_their_order(tmp_path: Path) -> None:
     with LocalStore(tmp_path, DIM) as store:
-        order: list[Callable[[], object]] = []
-        turn = threading.Condition()
-        done: list[int] = []
-
-        def queued(at: int, call: Callable[[], object]) -> Callable[[], object]:
-            def run() -> None:
-                with turn:
-                    turn.wait_for(lambda: len(store._writer._queue) == at)
-                    done.append(at)
-                    threading.Thread(target=notify, args=(at + 1,)).start()
-                call()
-
-            def notify(length: int) -> None:
-                while len(store._writer._queue) < length and len(done) < 4:
-                    time.sleep(0.001)
-                with turn:
-                    turn.notify_all()
-
-            return run
-
         removed: list[int] = []
-        for at, call in enumerate(
-            [
-                lambda: store.upsert(["a"], vector(1, 0, 0, 0), [{"v": 1}]),
-                lambda: removed.append(store.delete(["a"])),
-                lambda: store.upsert(["a"], vector(0, 1, 0, 0), [{"v": 2}]),
-                lambda: store.upsert(["a"], vector(0, 0, 1, 0), [{"v": 3}]),
-            ]
-        ):
-            order.append(queued(at, call))
-        assert HeldWriter(store).run(*order) == [None] * 4
+        _in_one_group(
+            store,
+            lambda: store.upsert(["a"], vector(1, 0, 0, 0), [{"v": 1}]),
+            lambda: removed.append(store.delete(["a"])),
+            lambda: store.upsert(["a"], vector(0, 1, 0, 0), [{"v": 2}]),
+            lambda: store.upsert(["a"], vector(0, 0, 1, 0), [{"v": 3}]),
+        )
         assert removed == [1]
         assert store.count() == 1
         assert store.search(vector(0, 0, 1, 0), 5)[0].metadata == ({"v": 3},)
@@ -452,7 +420,7 @@ def test_a_caller_whose_write_fails_fails_alone(tmp_path: Path) -> None:
             store._writer.submit(work)  # type: ignore[arg-type]
 
         good = [lambda i=i: store.upsert([f"id{i}"], vector(1, i, 0, 0)) for i in range(6)]
-        raised = HeldWriter(store).run(*good[:3], bad, *good[3:])
+        raised = _in_one_group(store, *good[:3], bad, *good[3:])
         assert [error is None for error in raised] == [True] * 3 + [False] + [True] * 3
         assert "NOT NULL" in str(raised[3])
         assert store.count() == 6
@@ -499,7 +467,8 @@ def test_one_write_too_large_for_the_disk_does_not_fail_the_small_ones_beside_it
         fill(store, 10)
         _limit_pages(store, 2)
         small = [lambda i=i: store.upsert([f"small{i}"], vector(1, i, 0, 0)) for i in range(4)]
-        raised = HeldWriter(store).run(
+        raised = _in_one_group(
+            store,
             *small[:2],
             lambda: store.upsert(["large"], vector(1, 0, 0, 0), [{"text": "x" * 500_000}]),
             *small[2:],
@@ -562,24 +531,30 @@ def test_a_snapshot_is_consistent_while_writes_go_on(tmp_path: Path) -> None:
 def test_closing_waits_for_those_at_work(tmp_path: Path) -> None:
     store = LocalStore(tmp_path, DIM)
     vectors = fill(store, 500)
-    answers: list[object] = []
+    answered = threading.Semaphore(0)
+    ends: list[str] = []
 
     def use() -> None:
         try:
             while True:
-                answers.append(store.search(vectors[:4], 3))
+                assert len(store.search(vectors[:4], 3)) == 4
                 store.upsert(["more"], vectors[:1])
+                answered.release()
         except StoreError as error:
-            answers.append(str(error))
+            ends.append(str(error))
 
     threads = [threading.Thread(target=use) for _ in range(4)]
     for thread in threads:
         thread.start()
-    while len(answers) < 20:
-        time.sleep(0.001)
+    for _ in range(20):
+        answered.acquire()
     store.close()
     for thread in threads:
         thread.join()
-    assert [answer for answer in answers if isinstance(answer, str)] == [
-        "the store is closed; open it again."
-    ] * 4
+    assert ends == ["the store is closed; open it again."] * 4
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot hold a store: Not a directory"):
+        LocalStore(tmp_path / "file" / "store", DIM)

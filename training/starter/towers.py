@@ -143,8 +143,9 @@ def class_table(
         embed: Texts → unit vectors [n, 384].
     """
     names = embed([name for words, _ in descriptions for name in words])
-    of_class = names.split([len(words) for words, _ in descriptions])
-    means = torch.stack([_unit(vectors.mean(dim=0, keepdim=True))[0] for vectors in of_class])
+    counts = torch.tensor([len(words) for words, _ in descriptions])
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    means = _unit(torch.zeros(len(counts), names.shape[1]).index_add(0, owner, names))
     table = _unit(means + embed([definition for _, definition in descriptions]))
     return _unit(table - table.mean(dim=0))
 

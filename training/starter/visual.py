@@ -1,10 +1,10 @@
 """How the 256 visual dimensions were fitted: `python -m training.starter.visual`.
 
 The square roots of the pooled features (1280 numbers, none negative) of the drawings in Open Clip Art, less
-the 600 kept for measuring, are centred and turned to their principal axes. Each of the first 256 is divided by
-the square root of its standard deviation: half-way to whitening, which measured better than none (the first
-few axes decide alone) and as good as all (the last ones are noise). The result is kept in `visual.npz`, so
-building the starter needs no pictures.
+the 600 kept for measuring, are centred and turned to their principal axes. Each of the first 256 is divided
+by the square root of its standard deviation: half-way to whitening, which measured better than none (the
+first few axes decide alone) and as good as all (the last ones are noise). The result is kept in `visual.npz`,
+so building the starter needs no pictures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def fit(pooled: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.fl
     variance, axes = np.linalg.eigh(centred.T @ centred / len(centred))
     first = np.argsort(-variance)[:VISUAL]
     axes = axes[:, first] / np.sqrt(variance[first]) ** WHITENING
-    axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(VISUAL)])  # eigenvectors have no sign of their own
+    axes *= np.sign(
+        axes[np.abs(axes).argmax(axis=0), np.arange(VISUAL)]
+    )  # eigenvectors have no sign of their own
     return mean.astype(np.float32), axes.astype(np.float32)
 
 
@@ -60,7 +62,9 @@ def _features(folder: Path) -> tuple[list[str], NDArray[np.float32]]:
     for batch in _batches(folder):
         names += [name for name, _ in batch]
         with torch.no_grad():
-            parts.append(network.features(torch.from_numpy(np.stack([pixels for _, pixels in batch])))[0].numpy())
+            parts.append(
+                network.features(torch.from_numpy(np.stack([pixels for _, pixels in batch])))[0].numpy()
+            )
     return names, np.concatenate(parts)
 
 
@@ -72,7 +76,9 @@ def _batches(folder: Path) -> Iterator[list[tuple[str, NDArray[np.uint8]]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, default=clipart.DEFAULT_FOLDER, help="folder of openclipart-png")
+    parser.add_argument(
+        "--pictures", type=Path, default=clipart.DEFAULT_FOLDER, help="folder of openclipart-png"
+    )
     parser.add_argument("--out", type=Path, default=FITTED)
     arguments = parser.parse_args()
     names, pooled = _features(arguments.pictures)

@@ -1,0 +1,94 @@
+"""Weights stored in few bits give back what they should, and graphs keep no trace of who exported them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (extra 'train')")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra 'train')")
+
+import onnxruntime as ort  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from training.starter.compact import export_graph, store_weights  # noqa: E402
+
+
+def lookup_then_multiply() -> onnx.ModelProto:
+    generator = np.random.default_rng(0)
+    table = numpy_helper.from_array((generator.normal(size=(100, 64)) * 0.1).astype(np.float32), "table")
+    matrix = numpy_helper.from_array(generator.normal(size=(64, 80)).astype(np.float32), "matrix")
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "matrix"], ["out"]),
+    ]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 80])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [table, matrix])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def run(model: onnx.ModelProto) -> np.ndarray:
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"ids": np.arange(100)})[0]
+
+
+def rounded(values: np.ndarray, axis: int) -> np.ndarray:
+    scale = np.abs(values).max(axis=axis, keepdims=True) / 127
+    return np.round(values / scale) * scale
+
+
+@pytest.mark.parametrize(
+    ("stores", "table_as", "matrix_as"),
+    [
+        ({}, lambda w: w, lambda w: w),
+        ({"table": "int8 rows"}, lambda w: rounded(w, 1), lambda w: w),
+        ({"matrix": "int8 columns"}, lambda w: w, lambda w: rounded(w, 0)),
+        (
+            {"table": "float16", "matrix": "int8 rows"},
+            lambda w: w.astype(np.float16),
+            lambda w: rounded(w, 1),
+        ),
+    ],
+)
+def test_a_graph_computes_with_the_rounded_weights(
+    stores: dict[str, str],
+    table_as: Callable[[np.ndarray], np.ndarray],
+    matrix_as: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    model = lookup_then_multiply()
+    table, matrix = (numpy_helper.to_array(one).astype(np.float64) for one in model.graph.initializer)
+    expected = table_as(table).astype(np.float64) @ matrix_as(matrix)
+    np.testing.assert_allclose(run(store_weights(model, stores, None)), expected, atol=1e-5)
+
+
+def test_eight_bits_take_a_quarter_of_the_room() -> None:
+    model = lookup_then_multiply()
+    small = store_weights(model, {"table": "int8 rows"}, "int8 columns")
+    assert small.ByteSize() < 0.35 * model.ByteSize()
+    assert model.graph.initializer[0].data_type == TensorProto.FLOAT  # the model given stays as it was
+
+
+def test_a_weight_that_is_not_there_is_refused() -> None:
+    with pytest.raises(KeyError, match="no such weights"):
+        store_weights(lookup_then_multiply(), {"tabel": "int8 rows"}, None)
+
+
+def test_an_exported_graph_keeps_no_trace_of_the_machine() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU())
+    model = export_graph(network, torch.zeros(2, 6), "x", {0: ("batch", 99)}, ("batch", 5))
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    for weight in bare.graph.initializer:
+        weight.ClearField("raw_data")  # numbers may hold any byte
+    for trace in ("site-packages", ".py", "/", "\\"):
+        assert trace not in str(bare)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [one.name for one in (*session.get_inputs(), *session.get_outputs())] == ["x", "embedding"]
+    for batch in (1, 7):
+        x = torch.randn(batch, 6, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], network(x), atol=1e-6)
