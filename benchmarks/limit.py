@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from embedserve.encoder import Encoder
 
 from embedserve.config import Limits
+from embedserve.encoder import Encoder
 
 Session = onnxruntime.InferenceSession
 Work = Callable[[Session, int, int], None]

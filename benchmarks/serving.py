@@ -15,13 +15,12 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from embedserve.encoder import Encoder
-
 from benchmarks.limit import Limit
 from benchmarks.load import Load, fire, json_request, multipart_request
 from benchmarks.machine import machine, resident_bytes
 from benchmarks.photos import photo
 from benchmarks.server_process import Server, server
+from embedserve.encoder import Encoder
 
 PHOTOS = {"256×256": (256, 256), "640×480": (640, 480), "12 megapixel": (4000, 3000)}
 COLOURS, THINGS = ("red", "green", "blue"), ("apple", "cup", "cat")

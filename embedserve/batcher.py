@@ -1,6 +1,6 @@
-"""Many awaiting callers, one run: the queue before a tower.
+"""Many awaiting callers, few runs: the queue before a tower.
 
-There is no fixed delay. While a batch runs in its thread, the event loop gathers what comes next; an idle
+There is no fixed delay. While batches run in their threads, the event loop gathers what comes next; an idle
 tower takes a single item at once, a busy one takes full batches. (After Ray Serve's batch queue and
 text-embeddings-inference's queue.)
 """
@@ -39,16 +39,17 @@ LONGEST_WAIT = 60
 
 
 class Batcher(Generic[T, R]):
-    """One queue and one task that empties it batch by batch.
+    """One queue and, for each worker, a task that empties it batch by batch.
 
     An item holds a place from its admission until it is answered. Over the bound callers get Busy, for one
     item as for many. An item whose caller is gone leaves the queue. If `run` fails for a batch, its items
     are run one by one, so that only the bad one fails.
 
     Args:
-        run: Items → as many results, in order. Called in `executor`, never twice at the same time.
+        run: Items → as many results, in order. Called in `executor`.
         max_batch: Most items given to `run`.
         max_queue: Most places.
+        workers: Most runs at the same time. What waits is shared among the idle ones.
         length: The cost of an item, where a batch costs as much as its longest item times their number.
             Batches then hold items of like length. None: all items cost the same.
         executor: Where `run` runs; None is the event loop's own.
@@ -67,18 +68,23 @@ class Batcher(Generic[T, R]):
         *,
         max_batch: int,
         max_queue: int,
+        workers: int = 1,
         length: Callable[[T], int] | None = None,
         executor: Executor | None = None,
     ) -> None:
-        if max_batch < 1 or max_queue < 1:
-            raise ValueError(f"max_batch {max_batch} and max_queue {max_queue} must be at least 1")
+        if min(max_batch, max_queue, workers) < 1:
+            raise ValueError(
+                f"max_batch {max_batch}, max_queue {max_queue} and workers {workers} must be at least 1"
+            )
         self._run = run
         self._max_batch = max_batch
         self._max_queue = max_queue
+        self._workers = workers
         self._length = length
         self._executor = executor
         self._queue: OrderedDict[asyncio.Future[R], T] = OrderedDict()  # oldest first
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._runs = 0
         self._places = 0
         self._running = 0
         self._closing = False
@@ -133,16 +139,16 @@ class Batcher(Generic[T, R]):
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue[future] = item
         future.add_done_callback(self._forget)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
+        if len(self._tasks) < min(self._workers, self._runs + len(self._queue)):
+            self._tasks.add(asyncio.create_task(self._work()))
         return future
 
     async def close(self) -> None:
         """Refuses new items and returns once every admitted one is answered."""
         self._closing = True
         await self._empty.wait()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _admit(self, count: int) -> None:
         if self._closing:
@@ -154,7 +160,7 @@ class Batcher(Generic[T, R]):
             )
         if self._places + count > self._max_queue:
             pace = self.busy_seconds / self.items if self.items else 0.0
-            seconds = min(max(math.ceil(self._places * pace), 1), LONGEST_WAIT)
+            seconds = min(max(math.ceil(self._places * pace / self._workers), 1), LONGEST_WAIT)
             raise Busy(
                 f"{count} more {'input does' if count == 1 else 'inputs do'} not fit: {self._places} of "
                 f"{self._max_queue} places in the queue are taken. Try again in about {seconds} s.",
@@ -168,28 +174,36 @@ class Batcher(Generic[T, R]):
         self._queue.pop(future, None)
 
     async def _work(self) -> None:
-        # The task lives while there is something to do; `enqueue` starts the next one.
+        # A task lives while there is something to do; `enqueue` starts the next one.
+        this = asyncio.current_task()
         batch: dict[asyncio.Future[R], T] = {}
         try:
             while self._queue:
                 batch = self._take()
-                await self._answer(batch)
-        finally:  # should this task be cancelled, nobody is left waiting
-            for future in (*batch, *self._queue):
+                self._runs += 1
+                try:
+                    await self._answer(batch)
+                finally:
+                    self._runs -= 1
+        finally:
+            self._tasks = {task for task in self._tasks if task is not this}
+            # Should this task have been cancelled, nobody is left waiting.
+            for future in (*batch, *(() if self._tasks else self._queue)):
                 if not future.done():
                     future.set_exception(NotReady("The server stopped before this input was run."))
 
     def _take(self) -> dict[asyncio.Future[R], T]:
-        """The oldest item and those that go with it, out of the queue."""
+        """The oldest item and those that go with it, out of the queue: a fair share of what waits."""
+        share = min(self._max_batch, math.ceil(len(self._queue) / (self._workers - self._runs)))
         if self._length is None:
-            chosen = list(islice(self._queue, self._max_batch))
+            chosen = list(islice(self._queue, share))
         else:
             near = islice(self._queue.items(), LOOK_AHEAD * self._max_batch)
             lengths = {future: max(self._length(item), SHORT) for future, item in near}
             oldest = lengths[next(iter(lengths))]
             # Beyond twice the length a batch mostly computes padding, and its own turn comes soon enough.
             alike = [one for one, size in lengths.items() if max(size, oldest) <= 2 * min(size, oldest)]
-            chosen = heapq.nsmallest(self._max_batch, alike, key=lambda one: abs(lengths[one] - oldest))
+            chosen = heapq.nsmallest(share, alike, key=lambda one: abs(lengths[one] - oldest))
         return {future: self._queue.pop(future) for future in chosen}
 
     async def _answer(self, batch: dict[asyncio.Future[R], T]) -> None:
@@ -216,12 +230,12 @@ class Batcher(Generic[T, R]):
 
     async def _call(self, items: list[T]) -> Sequence[R]:
         started = time.perf_counter()
-        self._running = len(items)
+        self._running += len(items)
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._executor, self._run, items)
         finally:
             seconds = time.perf_counter() - started
-            self._running = 0
+            self._running -= len(items)
             self.batches += 1
             self.items += len(items)
             self.batch_sizes[len(items)] += 1

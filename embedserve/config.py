@@ -74,8 +74,11 @@ class ServeConfig:
     no_auth: Switch = False
     """Serve other addresses than loopback without any key."""
 
-    threads: int = 0
-    """Threads of one session.run; 0 takes one for each core."""
+    threads: int = 1
+    """Threads of one session.run. 1 gives the most inputs/s; more shorten the wait for a lone input."""
+
+    workers: int = 0
+    """Runs of a tower that go side by side; 0 takes as many as the cores have room for."""
 
     max_batch: int = 16
     """Most inputs that one session.run takes."""

@@ -61,36 +61,39 @@ class Towers:
         self.encoder = encoder
         self.proof: Proof | None = None
         self._limits = config.limits
-        self._decoders = ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")
-        self._tokenizers = ThreadPoolExecutor(
-            1, thread_name_prefix="tokenize"
-        )  # not behind the decoders' queue
-        self._runners = ThreadPoolExecutor(2, thread_name_prefix="tower")  # one for each queue
+        workers = config.workers or max(1, available_cores() // encoder.threads)
+        # Images are decoded and run in the same threads: more threads than cores would only take turns.
+        self._image_threads = ThreadPoolExecutor(max(workers, available_cores()), thread_name_prefix="images")
+        self._text_threads = ThreadPoolExecutor(workers, thread_name_prefix="texts")
+        # So that decoding never gets ahead of the runs by more than the next batches, which bounds memory.
+        max_batch = min(config.max_batch, encoder.images_per_run)
+        self._decoding = asyncio.Semaphore(2 * workers * max_batch)
         self._images: Batcher[Pixels, Vector] = Batcher(
             lambda pixels: list(encoder.embed_images(pixels)),
-            # The encoder would split larger batches, and the first images wait for the last.
-            max_batch=min(config.max_batch, encoder.images_per_run),
+            max_batch=max_batch,  # the encoder would split larger ones, and their first images wait
             max_queue=config.limits.queue_size,
-            executor=self._runners,
+            workers=workers,
+            executor=self._image_threads,
         )
         self._texts: Batcher[list[int], Vector] = Batcher(
             lambda tokens: list(encoder.embed_texts(tokens)),
             max_batch=config.max_batch,
             max_queue=config.limits.queue_size,
+            workers=workers,
             length=lambda tokens: encoder.tokenizer.padded_length(len(tokens)),
-            executor=self._runners,
+            executor=self._text_threads,
         )
         self.queues: dict[str, Batcher[Any, Any]] = {"image": self._images, "text": self._texts}
         self._counts: OrderedDict[int, int] = OrderedDict()
 
     async def start(self) -> None:
         """Runs the bundle's probe, which also makes the first request fast. Raises BundleError."""
-        self.proof = await _in_thread(self._runners, self.encoder.prove)
+        self.proof = await _in_thread(self._image_threads, self.encoder.prove)
 
     async def close(self) -> None:
         """Finishes what was accepted, refuses what comes now, ends the threads."""
         await asyncio.gather(self._images.close(), self._texts.close())
-        for pool in (self._decoders, self._tokenizers, self._runners):
+        for pool in (self._image_threads, self._text_threads):
             pool.shutdown(wait=False)
 
     async def image(self, data: bytes) -> Vector:
@@ -129,14 +132,18 @@ class Towers:
         return len(self.encoder.tokenize([text])[0]) if known is None else known
 
     async def _image(self, data: bytes) -> Vector:
-        pixels = await _in_thread(self._decoders, lambda: self.encoder.read_image(data, self._limits))
-        return await self._images.enqueue(pixels)
+        async with self._decoding:
+            pixels = await _in_thread(
+                self._image_threads, lambda: self.encoder.read_image(data, self._limits)
+            )
+            return await self._images.enqueue(pixels)
 
     async def _picture(self, data: bytes) -> Picture:
-        pixels, thumbnail = await _in_thread(
-            self._decoders, lambda: self.encoder.read_picture(data, self._limits)
-        )
-        return Picture(await self._images.enqueue(pixels), thumbnail)
+        async with self._decoding:
+            pixels, thumbnail = await _in_thread(
+                self._image_threads, lambda: self.encoder.read_picture(data, self._limits)
+            )
+            return Picture(await self._images.enqueue(pixels), thumbnail)
 
     async def _tokenize(self, texts: Sequence[str | list[int]]) -> list[list[int] | EmbedServeError]:
         tokenizer = self.encoder.tokenizer
@@ -144,7 +151,7 @@ class Towers:
         if sum(map(len, words)) <= INLINE_CHARACTERS:
             encoded = tokenizer.encode(words)
         else:
-            encoded = await _in_thread(self._tokenizers, lambda: tokenizer.encode(words))
+            encoded = await _in_thread(self._text_threads, lambda: tokenizer.encode(words))
         self._remember(words, encoded)
         ready = iter(encoded)
         results: list[list[int] | EmbedServeError] = []

@@ -115,7 +115,7 @@ class VectorStore(Protocol):
     A search that begins after a write returned sees it. After `close` every verb raises StoreError.
 
     A damaged item (its checksum does not match) is never returned: `search`, `scan`, `count` and iteration
-    leave it out, `get` raises StoreCorrupt and names it, `stats` counts it under `corrupt`.
+    leave it out, `get` raises StoreCorrupt and names it, `stats` counts it under `damaged`.
     """
 
     dim: int
@@ -189,6 +189,8 @@ class VectorStore(Protocol):
 
 def check_ids(ids: Sequence[str]) -> None:
     """Raises InvalidId for an id that no engine could keep. Slashes, spaces and any script are fine."""
+    if isinstance(ids, str):
+        raise InvalidId(f"ids are one string, {ids[:40]!r}; give a list of ids.")
     for position, name in enumerate(ids):
         if not isinstance(name, str) or not name:
             raise InvalidId(f"id {position} is {name!r}; an id is a string of 1 to {MAX_ID_BYTES} bytes.")
@@ -213,6 +215,8 @@ def check_vectors(vectors: object, dim: int, *, rows: int | None = None) -> Vect
             array = np.asarray(vectors, dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidVector(f"vectors are not numbers of equal length: {error}.") from None
+    if not array.size and array.ndim < 3 and not rows:
+        return np.empty((0, dim), np.float32)
     if array.ndim != 2 or array.shape[1] != dim:
         raise InvalidVector(f"vectors have shape {array.shape}; this store holds rows of {dim} numbers.")
     if rows is not None and len(array) != rows:

@@ -132,7 +132,7 @@ def connect(path: Path, dim: int, *, wal: bool = False, read_only: bool = False)
     try:
         with translated():
             connection.execute("PRAGMA page_size=8192")
-            connection.execute("PRAGMA cache_size=-65536")
+            connection.execute("PRAGMA cache_size=-32768")
             if wal:
                 connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
@@ -214,7 +214,7 @@ class Readers:
                 if connection is None:
                     connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
                     connection.execute("PRAGMA query_only=ON")
-                    connection.execute("PRAGMA cache_size=-16384")
+                    connection.execute("PRAGMA cache_size=-4096")
                 connection.execute("BEGIN")
                 yield connection
         finally:

@@ -56,8 +56,6 @@ class ExactStore:
     ) -> None:
         check_ids(ids)
         texts = check_metadata(metadata, len(ids))
-        if not ids:
-            return
         halves = check_vectors(vectors, self.dim, rows=len(ids)).astype(np.float16)
         with self._open():
             for name, half, text in zip(ids, halves, texts, strict=True):
@@ -87,8 +85,6 @@ class ExactStore:
         self, vectors: Vectors, k: int, *, filter: Filter | None = None, min_score: float | None = None
     ) -> list[Hits]:
         check_query(k=k, min_score=min_score)
-        if not len(vectors):
-            return []
         queries = check_vectors(vectors, self.dim).astype(np.float64)
         with self._open():
             items = [(name, self._items[name]) for name in self._matching(filter)]

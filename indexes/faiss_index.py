@@ -138,7 +138,12 @@ class TailRows:
             scores, ns = scores[:, allowed], ns[allowed]
         if scores.shape[1] > k:
             best = np.argpartition(scores, -k, axis=1)[:, -k:]
-            return np.take_along_axis(scores, best, axis=1), ns[best]
+            top = np.take_along_axis(scores, best, axis=1)
+            # Many copies of one vector: take the oldest, not whichever the partition left in reach.
+            for row in np.flatnonzero(np.count_nonzero(scores >= top.min(axis=1, keepdims=True), axis=1) > k):
+                best[row] = np.argsort(-scores[row], kind="stable")[:k]
+                top[row] = scores[row, best[row]]
+            return top, ns[best]
         return scores, np.broadcast_to(ns, scores.shape)
 
 
@@ -202,7 +207,8 @@ class View:
         return [part.find(ns) for part in self.parts]
 
     def search(self, queries: Vectors, k: int, located: Sequence[Positions] | None = None) -> Found:
-        """The k best rows of each query, best first and older first among equals, among the located ones.
+        """The k best of the located rows, or of all, for each query: best first, then older first. Which of
+        equals at the k-th place are left out is not defined.
 
         `queries` is float32 (q, dim) of unit length. Scores are clipped to -1..1: float16 rows are of unit
         length only within .001.

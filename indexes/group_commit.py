@@ -48,11 +48,17 @@ class GroupCommit(Generic[R]):
         connection: Used by the writer thread alone.
         publish: Called after a commit and before its callers are answered, with the commit's number and each
             work's result. It must not raise.
+        rest: Called after the callers were answered, for upkeep of the connection.
     """
 
-    def __init__(self, connection: sqlite3.Connection, publish: Callable[[int, Sequence[R]], None]) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        publish: Callable[[int, Sequence[R]], None],
+        rest: Callable[[], None],
+    ) -> None:
         self._connection = connection
-        self._publish = publish
+        self._publish, self._rest = publish, rest
         self._queue: deque[_Job[R]] = deque()
         self._wake = Condition()
         self._closing = False
@@ -83,6 +89,10 @@ class GroupCommit(Generic[R]):
     def _run(self) -> None:
         while group := self._next_group():
             self._serve(group)
+            try:
+                self._rest()
+            except sqlite3.Error as error:
+                log.warning("upkeep of the store's database failed: %s", error)
 
     def _next_group(self) -> list[_Job[R]]:
         with self._wake:

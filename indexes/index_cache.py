@@ -43,6 +43,7 @@ class IndexCache:
     def __init__(self, folder: Path, dim: int) -> None:
         self.folder, self.dim = folder, dim
         self._saved: WeakKeyDictionary[Segment, str] = WeakKeyDictionary()
+        self._manifest = b""
 
     def exists(self) -> bool:
         return (self.folder / "manifest.json").exists()
@@ -71,7 +72,9 @@ class IndexCache:
             "segments": [{"sha256": self._saved[segment], "rows": len(segment.ns)} for segment in segments],
         }
         text = json.dumps(manifest, indent=1).encode()
-        write_durably(self.folder / "manifest.json", [text])
+        if text != self._manifest and (segments or self.exists()):
+            write_durably(self.folder / "manifest.json", [text])
+            self._manifest = text
         keep = {f"{self._saved[segment]}.segment" for segment in segments} | {"manifest.json"}
         for path in self.folder.iterdir():
             if path.name not in keep:
@@ -80,7 +83,8 @@ class IndexCache:
     def load(self) -> Loaded | None:
         """The segments, or None where there is no cache, or one that is damaged or of another kind."""
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_bytes())
+            text = (self.folder / "manifest.json").read_bytes()
+            manifest = json.loads(text)
             if manifest["format"] != FORMAT or manifest["dim"] != self.dim:
                 return None
             segments = [self._read(entry["sha256"], entry["rows"]) for entry in manifest["segments"]]
@@ -90,6 +94,7 @@ class IndexCache:
         edges = [int(n) for segment in segments for n in (segment.ns[0], segment.ns[-1])]
         if edges != sorted(edges) or (edges and covered != edges[-1]):
             return None
+        self._manifest = text
         return Loaded(segments, covered)
 
     def _write(self, segment: Segment) -> str:

@@ -52,6 +52,7 @@ from indexes.snapshots import Snapshot, write_snapshot
 __all__ = ["LocalStore"]
 
 PAGE = 1000
+LOG_BYTES = 128 * 1024 * 1024
 NONE = np.empty(0, np.int64)
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class LocalStore:
         self._closing = Lock()
         self._closed = self._saving = False
         self._cache_state = "none"
+        self._log_limit = LOG_BYTES
         try:
             self._connection = database.connect(self._path, dim, wal=True)
         except BaseException:
@@ -111,7 +113,7 @@ class LocalStore:
             with database.translated():
                 self._index = self._open_index()
             self._readers = database.Readers(self._path)
-            self._writer = GroupCommit(self._connection, self._publish)
+            self._writer = GroupCommit(self._connection, self._publish, self._bound_log)
         except BaseException:
             self._connection.close()
             self._release()
@@ -130,9 +132,9 @@ class LocalStore:
     ) -> None:
         check_ids(ids)
         texts = check_metadata(metadata, len(ids))
-        if not ids:
-            return
         rows = database.prepare(ids, check_vectors(vectors, self.dim, rows=len(ids)), texts)
+        if not rows:
+            return
         crcs = np.array([row.crc for row in rows], np.uint32)
         halves = np.frombuffer(b"".join(row.vector for row in rows), np.float16).reshape(-1, self.dim)
 
@@ -189,6 +191,21 @@ class LocalStore:
         except Exception:
             log.exception("the search index could not follow a commit; the next search rebuilds it")
 
+    def _bound_log(self) -> None:
+        """Folds the write-ahead log into the database where readers who overlap all the time keep SQLite from
+        doing so by itself. On the writer's thread, after its callers were answered."""
+        size = self._log_bytes()
+        if size > self._log_limit:
+            self._connection.execute("PRAGMA busy_timeout=250")
+            ((busy, _, _),) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._log_limit = size + LOG_BYTES if busy else LOG_BYTES
+            self._connection.execute("PRAGMA busy_timeout=5000")
+
+    def _log_bytes(self) -> int:
+        with suppress(FileNotFoundError):
+            return Path(f"{self._path}-wal").stat().st_size
+        return 0
+
     # ----------------------------------------------------------------------------------- reading
 
     def get(self, ids: Sequence[str]) -> dict[str, Item]:
@@ -215,9 +232,9 @@ class LocalStore:
         self, vectors: Vectors, k: int, *, filter: Filter | None = None, min_score: float | None = None
     ) -> list[Hits]:
         check_query(k=k, min_score=min_score)
-        if not len(vectors):
-            return []
         queries = check_vectors(vectors, self.dim)
+        if not len(queries):
+            return []
         condition = None if filter is None else parse_filter(filter)
         while True:
             with self._pinned() as (connection, view):
@@ -271,16 +288,12 @@ class LocalStore:
     def stats(self) -> dict[str, Any]:
         with self._pinned() as (_, view):
             segments = view.parts[:-1]
-            sizes = [self._cache.bytes()]
-            for suffix in ("", "-wal"):
-                with suppress(FileNotFoundError):
-                    sizes.append(Path(f"{self._path}{suffix}").stat().st_size)
             return {
                 "engine": "local",
                 "items": view.live,
                 "damaged": len(self._damaged),
                 "dim": self.dim,
-                "bytes": sum(sizes),
+                "bytes": self._path.stat().st_size + self._log_bytes() + self._cache.bytes(),
                 "index": {
                     "type": "flat, float16, inner product",
                     "recall": 1.0,
@@ -326,12 +339,15 @@ class LocalStore:
 
     def _set_aside(self, damaged: Sequence[int]) -> None:
         """Takes damaged rows out of the index. They stay in the database, for `get` to name them."""
-        if new := set(damaged) - self._damaged:
-            log.error("%d stored items are damaged (numbers %s)", len(new), sorted(new)[:10])
-            with self._writer.publishing:
-                self._damaged |= new
-                number = self._index.view.number
-                self._index.apply(number, Batch.joined([], self.dim), np.array(sorted(new), np.int64))
+        if not set(damaged) - self._damaged:
+            return
+        with self._writer.publishing:
+            view, suspects = self._index.view, np.array(sorted(damaged), np.int64)
+            located = zip(view.parts, view.locate(suspects), strict=True)
+            new = np.concatenate([part.data.ns[at] for part, at in located])  # less those deleted meanwhile
+            self._damaged.update(new.tolist())
+            self._index.apply(view.number, Batch.joined([], self.dim), new)
+        log.error("%d stored items are damaged (numbers %s …)", len(new), new[:10].tolist())
 
     def _rebuilt(self, connection: sqlite3.Connection, number: int) -> FlatIndex:
         index = FlatIndex(self.dim, self._threads, tail_rows=self._tail_rows)

@@ -1,4 +1,4 @@
-"""One queue, one task: batches gather while one runs, and nothing is lost, mixed up or stuck."""
+"""One queue, few runs: batches gather meanwhile, and nothing is lost, mixed up or stuck."""
 
 from __future__ import annotations
 
@@ -261,8 +261,8 @@ async def test_nobody_hangs_when_the_task_is_cancelled(doubler: Doubler) -> None
     doubler.gate.clear()
     waiting = [asyncio.create_task(batcher.submit(n)) for n in range(2)]
     await doubler.running()
-    assert batcher._task is not None
-    batcher._task.cancel()
+    for task in batcher._tasks:
+        task.cancel()
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, NotReady)
     doubler.gate.set()
@@ -303,7 +303,36 @@ async def test_short_texts_are_all_alike(doubler: Doubler) -> None:
     assert [sorted(batch) for batch in doubler.batches] == [[1, 3, 7, 8]]
 
 
-async def test_two_runs_never_overlap() -> None:
+async def test_idle_workers_share_what_waits(doubler: Doubler) -> None:
+    batcher: Batcher[int, int] = Batcher(doubler, max_batch=9, max_queue=99, workers=3)
+    doubler.gate.clear()
+    many = asyncio.create_task(batcher.submit_many([1, 2, 3, 4, 5, 6, 7]))
+    for _ in range(3):
+        await doubler.running()
+    assert sorted(doubler.batches) == [[1, 2, 3], [4, 5], [6, 7]]
+    later = asyncio.create_task(batcher.submit_many([8, 9]))
+    await turns()
+    assert batcher.waiting == 2  # a fourth run would have no worker
+    doubler.gate.set()
+    assert await many == [2, 4, 6, 8, 10, 12, 14]
+    assert await later == [16, 18]
+
+
+async def test_a_worker_that_is_cancelled_leaves_the_queue_to_the_others(doubler: Doubler) -> None:
+    batcher: Batcher[int, int] = Batcher(doubler, max_batch=1, max_queue=99, workers=2)
+    doubler.gate.clear()
+    tasks = [asyncio.create_task(batcher.submit(n)) for n in range(3)]
+    for _ in range(2):
+        await doubler.running()
+    next(iter(batcher._tasks)).cancel()
+    await turns()
+    doubler.gate.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(outcome, NotReady) for outcome in outcomes) == 1
+    assert outcomes[2] == 4
+
+
+async def test_the_runs_of_one_worker_never_overlap() -> None:
     lock = threading.Lock()
 
     def run(items: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexes.base import InvalidVector, StoreCorrupt, StoreError, StoreLocked
+from indexes.base import InvalidId, InvalidVector, StoreCorrupt, StoreError, StoreLocked
 from indexes.local import LocalStore
 from tests.indexes.conformance import DIM, fill, vector
 
@@ -558,3 +558,35 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot hold a store: Not a directory"):
         LocalStore(tmp_path / "file" / "store", DIM)
+
+
+def test_the_write_ahead_log_stays_bounded_although_someone_always_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexes.local.LOG_BYTES", 100_000)
+    with LocalStore(tmp_path, DIM) as store:
+        log = tmp_path / "items.sqlite-wal"
+        with store._pinned():
+            fill(store, 2000)
+            assert log.stat().st_size > 100_000
+            assert store.count() == 2000
+        fill(store, 2000)
+        store.upsert(["last"], vector(1, 0, 0, 0))
+        assert log.stat().st_size < 100_000
+        assert store.count() == 2001
+
+
+def test_a_string_is_not_a_list_of_ids(tmp_path: Path) -> None:
+    with LocalStore(tmp_path, DIM) as store:
+        store.upsert(list("abc"), np.eye(3, DIM, dtype=np.float32))
+        with pytest.raises(InvalidId, match="give a list"):
+            store.delete("abc")
+        assert store.count() == 3
+
+
+def test_of_many_equal_new_items_the_oldest_are_found(tmp_path: Path) -> None:
+    with LocalStore(tmp_path, DIM) as store:
+        for i in range(300):
+            store.upsert([f"{i:03}"], vector(1, 2, 3, 4))
+        for hits in store.search(np.repeat(vector(1, 2, 3, 4), 2, axis=0), 5):
+            assert hits.ids == ("000", "001", "002", "003", "004")

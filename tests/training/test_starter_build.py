@@ -1,4 +1,4 @@
-"""The starter from its packages to a proven bundle, once for all tests here (about 20 s), and what it promises."""
+"""The starter, built from its packages once for all tests here (about 30 s), and what it promises."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from training.starter.compact import export_graph, store_weights  # noqa: E402
 
 def lookup_then_multiply() -> onnx.ModelProto:
     generator = np.random.default_rng(0)
-    table = numpy_helper.from_array((generator.normal(size=(100, 64)) * 0.1).astype(np.float32), "table")
-    matrix = numpy_helper.from_array(generator.normal(size=(64, 80)).astype(np.float32), "matrix")
+    table = numpy_helper.from_array((generator.normal(size=(100, 128)) * 0.1).astype(np.float32), "table")
+    matrix = numpy_helper.from_array(generator.normal(size=(128, 80)).astype(np.float32), "matrix")
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["rows"]),
         helper.make_node("MatMul", ["rows", "matrix"], ["out"]),
@@ -36,17 +36,23 @@ def run(model: onnx.ModelProto) -> np.ndarray:
     return session.run(None, {"ids": np.arange(100)})[0]
 
 
-def rounded(values: np.ndarray, axis: int) -> np.ndarray:
-    scale = np.abs(values).max(axis=axis, keepdims=True) / 127
-    return np.round(values / scale) * scale
+def rounded(values: np.ndarray, block: int) -> np.ndarray:
+    """Each run of `block` numbers in a row to 255 steps of its own, one run at a time."""
+    result = values.copy()
+    for row in result:
+        for start in range(0, len(row), block):
+            numbers = row[start : start + block]
+            step = np.abs(numbers).max() / 127
+            numbers[:] = np.round(numbers / step) * step
+    return result
 
 
 @pytest.mark.parametrize(
     ("stores", "table_as", "matrix_as"),
     [
         ({}, lambda w: w, lambda w: w),
-        ({"table": "int8 rows"}, lambda w: rounded(w, 1), lambda w: w),
-        ({"matrix": "int8 columns"}, lambda w: w, lambda w: rounded(w, 0)),
+        ({"table": "int8 rows"}, lambda w: rounded(w, 128), lambda w: w),
+        ({"matrix": "int8 blocks"}, lambda w: w, lambda w: rounded(w.T, 64).T),
         (
             {"table": "float16", "matrix": "int8 rows"},
             lambda w: w.astype(np.float16),
@@ -67,7 +73,7 @@ def test_a_graph_computes_with_the_rounded_weights(
 
 def test_eight_bits_take_a_quarter_of_the_room() -> None:
     model = lookup_then_multiply()
-    small = store_weights(model, {"table": "int8 rows"}, "int8 columns")
+    small = store_weights(model, {"table": "int8 rows"}, "int8 blocks")
     assert small.ByteSize() < 0.35 * model.ByteSize()
     assert model.graph.initializer[0].data_type == TensorProto.FLOAT  # the model given stays as it was
 
@@ -75,6 +81,11 @@ def test_eight_bits_take_a_quarter_of_the_room() -> None:
 def test_a_weight_that_is_not_there_is_refused() -> None:
     with pytest.raises(KeyError, match="no such weights"):
         store_weights(lookup_then_multiply(), {"tabel": "int8 rows"}, None)
+
+
+def test_a_matrix_that_cannot_be_cut_into_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 64"):
+        store_weights(lookup_then_multiply(), {"table": "int8 blocks"}, None)
 
 
 def test_an_exported_graph_keeps_no_trace_of_the_machine() -> None:

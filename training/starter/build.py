@@ -51,6 +51,18 @@ MEASURED = Path(__file__).parent / "measured.json"
 LICENCE = "Apache-2.0"
 PROBE_TEXT = "a red circle beside a blue square"
 
+HARD_TEXTS = (
+    "",
+    ".",
+    "a",
+    "🍒",
+    "red fruit",
+    "Ein Hund, 狗, كلب",
+    "SELECT * FROM t;",
+    "12345 67890",
+    "word " * 300,
+)
+
 TEXT_STORES: dict[str, Store] = {"words": "int8 rows", "positions": "float16"}
 
 
@@ -111,17 +123,16 @@ def build(out: Path) -> Bundle:
         BundleError: `out` holds something else, or an ingredient is missing.
         RuntimeError: A graph departs from its network by more than the probe would forgive.
     """
-    joined = networks()
-    image_graph, text_graph = graphs(joined)
-    parity = {
-        "image": _agreement(
-            image_graph, [_drawings(200)[start : start + 25] for start in range(0, 200, 25)], joined.image
-        ),
-        "text": _agreement(text_graph, _padded(joined.tokens(_texts(300))), joined.text),
-        "command": "embedserve export starter",
-    }
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     with new_bundle(out) as folder:
+        joined = networks()
+        image_graph, text_graph = graphs(joined)
+        drawings = _drawings(200)
+        parity = {
+            "image": _agreement(image_graph, [drawings[i : i + 25] for i in range(0, 200, 25)], joined.image),
+            "text": _agreement(text_graph, _padded(joined.tokens(_texts(300))), joined.text),
+            "command": "embedserve export starter",
+        }
+        measured = json.loads(MEASURED.read_text(encoding="utf-8"))
         onnx.save(image_graph, folder / "image.onnx")
         onnx.save(text_graph, folder / "text.onnx")
         (folder / "tokenizer.json").write_bytes(sources.tokenizer_json())
@@ -150,7 +161,7 @@ def build(out: Path) -> Bundle:
 def graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The two graphs as they are shipped, weights stored in 16 (image) and 8 bits (text)."""
     image, text = full_graphs(joined)
-    return store_weights(image, {}, "float16"), store_weights(text, TEXT_STORES, "int8 columns")
+    return store_weights(image, {}, "float16"), store_weights(text, TEXT_STORES, "int8 blocks")
 
 
 def full_graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -212,9 +223,11 @@ def _padded(tokens: Sequence[Sequence[int]], size: int = 50) -> list[NDArray[np.
 
 
 def _texts(count: int) -> list[str]:
-    """Class names and definitions by turns: 3 to about 60 tokens."""
+    """Hard ones first, such as none at all, then class names and definitions by turns."""
     descriptions = sources.class_descriptions()[:: 2 * 1000 // count]
-    return [text for names, definition in descriptions for text in (names[0], definition)][:count]
+    return [*HARD_TEXTS, *(text for names, definition in descriptions for text in (names[0], definition))][
+        :count
+    ]
 
 
 def _drawings(count: int) -> NDArray[np.uint8]:

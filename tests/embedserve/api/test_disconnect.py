@@ -20,7 +20,7 @@ from embedserve.config import ServeConfig
 async def test_inputs_of_a_client_that_is_gone_are_not_computed(
     tmp_path: Path, tiny_folder: Path, path: str
 ) -> None:
-    app = create_app(ServeConfig(data=tmp_path, encoder=str(tiny_folder), threads=1, max_batch=1))
+    app = create_app(ServeConfig(data=tmp_path, encoder=str(tiny_folder), workers=1, max_batch=1))
     async with app.router.lifespan_context(app):
         towers = app.state.services.towers
         running, go_on, computed = asyncio.Event(), threading.Event(), []

@@ -123,7 +123,7 @@ async def test_a_full_queue_is_a_429_for_one_as_for_many_and_the_server_stays_re
 ) -> None:
     limits = Limits(queue_size=2)
     app = create_app(
-        ServeConfig(data=tmp_path, encoder=str(tiny_folder), threads=1, max_batch=1, limits=limits)
+        ServeConfig(data=tmp_path, encoder=str(tiny_folder), workers=1, max_batch=1, limits=limits)
     )
     transport = httpx2.ASGITransport(app)
     async with (
