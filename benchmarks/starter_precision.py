@@ -1,9 +1,9 @@
 """What storing and computing in fewer bits costs the starter: `python -m benchmarks.starter_precision`.
 
-For each tower and each way: the file's size, cosines with PyTorch in float32, inputs a second, and the
-seconds that loading takes. "int8 arithmetic" is ONNX Runtime's dynamic quantisation: eight-bit products, one scale
-for a whole batch of activations. Its last column, the least cosine of an input alone with the same input in a
-batch of 16, is why the starter only stores in eight bits. Needs the extra 'train'.
+For each tower and each way: its size, cosines with PyTorch in float32, inputs a second, and the seconds that
+loading takes. "int8 arithmetic" is ONNX Runtime's dynamic quantisation: eight-bit products, and one scale for
+a whole batch of activations. The last column, the least cosine of an input alone with the same input in a
+batch of 16, is one reason why the starter only stores in eight bits. Needs the extra 'train'.
 """
 
 from __future__ import annotations

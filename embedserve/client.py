@@ -57,10 +57,14 @@ IDS_IN_URL = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """One picture on its way into a collection."""
+    """One picture on its way into a collection, perhaps with a text that helps to find it."""
 
     id: str
     image: bytes = field(repr=False)
+    text: str | None = None
+    """Its caption: embedded with the picture, not stored; put it into `metadata` to have it back."""
+    text_weight: float | None = None
+    """0 to 10: what the caption counts beside the picture's 1; None takes the server's 0.5."""
     metadata: JsonObject = field(default_factory=dict)
 
 
@@ -202,7 +206,10 @@ class Client:
     async def upload(self, collection: str, uploads: Sequence[Upload]) -> Upserted:
         """Writes pictures; the answer has one result for each, in order. What succeeded is durable."""
         files = [("file", (_ascii(one.id), one.image, _media_type(one.id))) for one in uploads]
-        about = [{"id": one.id, "metadata": one.metadata} for one in uploads]
+        about = [
+            _given(id=one.id, text=one.text, text_weight=one.text_weight, metadata=one.metadata)
+            for one in uploads
+        ]
         response = await self._request(
             "POST",
             f"/v1/collections/{_segment(collection)}/items",
@@ -212,7 +219,10 @@ class Client:
         return upserted_of(response)
 
     async def upsert(self, collection: str, items: Sequence[JsonObject]) -> Upserted:
-        """Writes items of any kind: {"id", "image" | "text" | "vector", "metadata"}."""
+        """Writes items of any kind: {"id", "image" | "text" | "vector", "metadata"}.
+
+        An image may have a "text" as its caption, and the "text_weight" of that.
+        """
         body = {"items": [_part(one) for one in items]}
         response = await self._request(
             "POST", f"/v1/collections/{_segment(collection)}/items", json=body, partial=True

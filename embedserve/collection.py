@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ from indexes.base import StoreError
 
 __all__ = ["Collection"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 Vector = NDArray[np.float32]
 Metadata = Mapping[str, Any]
@@ -103,9 +104,9 @@ class Collection:
     async def upsert(self, items: Sequence[NewItem]) -> list[Stored | EmbedServeError]:
         """Writes the good items, durably, and says for each what became of it, in order.
 
-        A bad item fails alone: InvalidField (`param` is the field within the item: id, image, text, vector,
-        metadata), TooLarge, BadRequest, UnsupportedMedia. A known id is replaced; of an id given twice the
-        last wins. Raises Busy when a tower's queue is full, and then nothing was written.
+        A bad item fails alone: InvalidField (`param` is the field within the item: id, image, text,
+        text_weight, vector, metadata), TooLarge, BadRequest, UnsupportedMedia. A known id is replaced; of an
+        id given twice the last wins. Raises Busy when a tower's queue is full, and then nothing was written.
         """
         with self._gate.entered():
             self._check_number(items, "items")
@@ -303,19 +304,26 @@ class Collection:
     async def _embed(self, drafts: Sequence[Draft]) -> None:
         images = [draft for draft in drafts if draft.image is not None]
         texts = [draft for draft in drafts if draft.text is not None]
-        if texts:
-            vectors = await each_or_all(self._towers.texts([draft.text or "" for draft in texts]), len(texts))
-            for draft, vector in zip(texts, vectors, strict=True):
-                draft.take(vector, "text")
-        if images:
-            encoded = [draft.image or b"" for draft in images]
-            pictures = await each_or_all(self._towers.pictures(encoded), len(images))
-            for draft, picture in zip(images, pictures, strict=True):
-                if isinstance(picture, EmbedServeError):
-                    draft.take(picture, "image")
-                else:
-                    draft.take(picture.vector, "image")
-                    draft.thumbnail = picture.thumbnail
+
+        async def each(
+            tower: Callable[[list[S]], Awaitable[list[T | EmbedServeError]]], given: list[S]
+        ) -> list[T | EmbedServeError]:
+            return await each_or_all(tower(given), len(given)) if given else []
+
+        try:
+            async with asyncio.TaskGroup() as group:  # where one tower's queue is full, the other one stops
+                words = group.create_task(each(self._towers.texts, [draft.text or "" for draft in texts]))
+                seen = group.create_task(each(self._towers.pictures, [one.image or b"" for one in images]))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        for draft, picture in zip(images, seen.result(), strict=True):
+            if isinstance(picture, EmbedServeError):
+                draft.take(picture, "image")
+            else:
+                draft.take(picture.vector, "image")
+                draft.thumbnail = picture.thumbnail
+        for draft, vector in zip(texts, words.result(), strict=True):
+            draft.take(vector, "text")
 
     async def _vectors(self, ids: Sequence[str]) -> dict[str, Vector]:
         found = await self._thread(partial(self._store.get, [name for name in ids if is_id(name)]))

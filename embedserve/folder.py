@@ -16,7 +16,7 @@ from typing import Any
 
 from embedserve.errors import BadRequest, InvalidField, NotFound
 
-__all__ = ["FileFound", "Problem", "Walk", "looks_like_image", "read_sidecar", "walk"]
+__all__ = ["CAPTION_COLUMN", "FileFound", "Problem", "Walk", "looks_like_image", "read_sidecar", "walk"]
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
@@ -24,7 +24,8 @@ EXTENSIONS = frozenset(
 )
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*")
 BOXES = (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1")
-OWN_KEYS = frozenset({"path", "folder", "bytes", "modified"})
+CAPTION_COLUMN = "caption_column"
+OWN_KEYS = frozenset({"path", "folder", "bytes", "modified", CAPTION_COLUMN})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """A folder of pictures into a collection: resumable, and no bad file stops it.
 
 Every file is one item whose id is its path below the folder. Its metadata holds `path`, `folder`, `bytes` and
-`modified`, and the columns of a sidecar file. An item whose metadata already says all this is up to date, so
-the file is not even read. Whatever a batch wrote is durable once it is answered: stopping loses nothing, and
-running again goes on.
+`modified`, and the columns of a sidecar file. One of these may be embedded with the pictures as their caption;
+`caption_column` then says which. An item whose metadata already says all this is up to date, so the file is
+not even read. Whatever a batch wrote is durable once it is answered: stopping loses nothing, and running again
+goes on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any, Literal
 
 from embedserve.client import Client, Upload
 from embedserve.config import Limits
-from embedserve.errors import NotFound, TooLarge
-from embedserve.folder import FileFound, Problem, Walk, read_sidecar, walk
+from embedserve.errors import InvalidField, NotFound, TooLarge, closest
+from embedserve.folder import CAPTION_COLUMN, FileFound, Problem, Walk, read_sidecar, walk
 
 __all__ = ["IngestReport", "Progress", "ingest", "upload_all"]
 
@@ -60,6 +61,7 @@ async def ingest(
     collection: str,
     *,
     metadata: Path | None = None,
+    caption: str | None = None,
     prune: bool = False,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     progress: Progress = _no_progress,
@@ -68,14 +70,18 @@ async def ingest(
 
     Args:
         metadata: A CSV or JSONL file with a `path` column; its other columns become metadata.
+        caption: The column whose text is embedded with the picture. A file without one is embedded alone.
         prune: Delete items that came from a file which is gone. Nothing is deleted when the folder holds no
             image at all (an unmounted disk), nor below a folder that could not be listed.
         max_image_bytes: Larger files are reported, not sent.
 
     Raises what the server raises for the request as a whole (Unauthorized, Conflict, NotReady, …), BadRequest
-    or NotFound for the folder and the sidecar. A bad file is one of the report's `problems`.
+    or NotFound for the folder and the sidecar, InvalidField for a caption that the sidecar lacks. A bad file
+    is one of the report's `problems`.
     """
     sidecar = read_sidecar(metadata) if metadata is not None else {}
+    if caption is not None:
+        sidecar = _captioned(sidecar, caption, metadata)
     tree = await asyncio.to_thread(walk, folder)
     report = IngestReport(collection, found=len(tree.files), ignored=tree.ignored, problems=tree.problems)
     present = {file.id for file in tree.files}
@@ -113,6 +119,31 @@ async def ingest(
         report.pruned = await _prune(client, collection, tree, known)
     report.problems.sort(key=lambda problem: problem.path)
     return report
+
+
+def _captioned(
+    sidecar: Mapping[str, Mapping[str, Any]], column: str, source: Path | None
+) -> dict[str, dict[str, Any]]:
+    """The sidecar with a note of the column wherever that has a text. Raises InvalidField."""
+    if source is None:
+        raise InvalidField(f"--caption {column} names a column, but of no file; give one with --metadata.")
+    texts = {path: row[column] for path, row in sidecar.items() if row.get(column) not in (None, "")}
+    if not texts:
+        columns = {name for row in sidecar.values() for name in row}
+        raise InvalidField(f"--caption: '{source}' has no text in '{column}'; {closest(column, columns)}")
+    for path, text in texts.items():
+        if not isinstance(text, str | int | float):
+            raise InvalidField(
+                f"--caption: '{column}' of '{path}' in '{source}' is no text; write one there."
+            )
+    return {
+        path: {**row, CAPTION_COLUMN: column} if path in texts else dict(row) for path, row in sidecar.items()
+    }
+
+
+def _caption(metadata: Mapping[str, Any]) -> str | None:
+    column = metadata.get(CAPTION_COLUMN)
+    return None if column is None else str(metadata[column])
 
 
 def _up_to_date(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, exactly: bool) -> bool:
@@ -200,7 +231,8 @@ def _reader(
         uploads: list[Upload | Problem] = []
         for file, wanted in batch:
             try:
-                uploads.append(Upload(id=file.id, image=file.path.read_bytes(), metadata=wanted))
+                image = file.path.read_bytes()
+                uploads.append(Upload(id=file.id, image=image, text=_caption(wanted), metadata=wanted))
             except OSError as error:
                 uploads.append(Problem(file.id, f"cannot be read: {error.strerror}"))
         return uploads

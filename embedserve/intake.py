@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedserve.errors import EmbedServeError, InvalidField, TooLarge
-from embedserve.items import IMAGE, KIND, Kind, NewItem
+from embedserve.items import IMAGE, KIND, MAX_TEXT_WEIGHT, Kind, NewItem
+from embedserve.ranking import direction
 from indexes.base import InvalidId, InvalidMetadata, InvalidVector, check_ids, check_vectors
 from indexes.base import check_metadata as store_metadata
 
 __all__ = [
     "Draft",
+    "check_content",
     "check_field",
     "check_id",
     "check_metadata",
@@ -43,10 +45,21 @@ DEFAULT_ID_LENGTH = 32  # hex digits of the sha256: 128 bits, no collision among
 class Draft:
     """An item on its way in: an id, then a vector, perhaps a thumbnail, or an error.
 
-    Exactly one of `image`, `text` and `vector` is set after the checks, none of them if there is an `error`.
+    After the checks `image`, `text`, both or `vector` is set, and nothing if there is an `error`.
     """
 
-    __slots__ = ("error", "id", "image", "kind", "metadata", "sha256", "text", "thumbnail", "vector")
+    __slots__ = (
+        "error",
+        "id",
+        "image",
+        "kind",
+        "metadata",
+        "sha256",
+        "text",
+        "text_weight",
+        "thumbnail",
+        "vector",
+    )
 
     def __init__(self, item: NewItem, dim: int) -> None:
         self.error: EmbedServeError | None = None
@@ -55,6 +68,7 @@ class Draft:
         self.metadata: dict[str, Any] = {}
         self.image: bytes | None = None
         self.text: str | None = None
+        self.text_weight = item.text_weight
         self.sha256: str | None = None
         self.thumbnail: bytes | None = None
         self.vector: Vector | None = None
@@ -64,27 +78,40 @@ class Draft:
             self.error, self.image, self.text = error, None, None
 
     def _check(self, item: NewItem, dim: int) -> None:
-        check_one_of({"image": item.image, "text": item.text, "vector": item.vector}, "The item")
+        check_content({"image": item.image, "text": item.text, "vector": item.vector})
+        check_range(item.text_weight, "text_weight", 0, MAX_TEXT_WEIGHT)
         self.metadata = check_metadata(item.metadata)
-        if item.image is not None:
-            self.kind, self.image = "image", item.image
-            self.sha256 = hashlib.sha256(item.image).hexdigest()
-            content = item.image
-        elif item.text is not None:
+        content = b""
+        if item.vector is not None:
+            self.vector = check_vector(item.vector, dim)
+            content = self.vector.tobytes()
+        if item.text is not None:
             if not item.text.strip():
                 raise InvalidField("The text is empty; give at least one word.", param="text")
             self.kind, self.text = "text", item.text
             content = item.text.encode(errors="surrogatepass")
-        else:
-            self.vector = check_vector(item.vector, dim)
-            content = self.vector.tobytes()
+        if item.image is not None:
+            self.kind, self.image = "image", item.image
+            self.sha256 = hashlib.sha256(item.image).hexdigest()
+            content = item.image  # and not the caption: a picture with a new one is still the same item
         self.id = default_id(content) if item.id is None else check_id(item.id)
 
     def take(self, result: Vector | EmbedServeError, param: str) -> None:
+        """What a tower made of the image, then of the text. The first error stays."""
+        if self.error is not None:
+            return
         if isinstance(result, EmbedServeError):
             self.error = result.at(param)
-        else:
+        elif self.vector is None:
             self.vector = result
+        else:
+            self.vector = direction(np.stack([self.vector, result]), (1, self.text_weight))
+            if self.vector is None:
+                self.error = InvalidField(
+                    f"The image and {self.text_weight:g} times the text cancel out, which leaves no "
+                    "direction to store; change 'text_weight', or leave the text out.",
+                    param="text_weight",
+                )
 
     def stored_metadata(self) -> dict[str, Any]:
         return {**self.metadata, KIND: self.kind, **({IMAGE: self.sha256} if self.sha256 else {})}
@@ -163,6 +190,18 @@ def check_metadata(metadata: object) -> dict[str, Any]:
         )
     loaded: dict[str, Any] = json.loads(text)
     return loaded
+
+
+def check_content(given: Mapping[str, object | None]) -> None:
+    """What an item's vector is to be made from, of `image`, `text` and `vector`. Raises InvalidField."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) == 1 or names == ["image", "text"]:
+        return
+    found = " and ".join(f"'{name}'" for name in names) or "none of them"
+    raise InvalidField(
+        f"The item has {found}; give 'image', 'text', 'vector', or 'image' and 'text' together.",
+        param=names[-1] if names else None,
+    )
 
 
 def check_one_of(given: Mapping[str, object | None], what: str) -> str:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 __all__ = [
     "IMAGE",
     "KIND",
+    "MAX_TEXT_WEIGHT",
+    "TEXT_WEIGHT",
     "CollectionInfo",
     "DuplicateGroup",
     "Duplicates",
@@ -32,19 +34,29 @@ __all__ = [
 ]
 
 Kind = Literal["image", "text", "vector"]
-"""What an item's vector was made from."""
+"""What an item's vector was made from; with a caption, an image is still an image."""
+
+TEXT_WEIGHT, MAX_TEXT_WEIGHT = 0.5, 10.0
+"""What a caption counts beside its image, as `benchmarks.demo_quality` weighed it, and the most allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewItem:
-    """One item to write. Exactly one of `image`, `text` and `vector` makes its vector; a caption for an
-    image is metadata."""
+    """One item to write. Its vector comes from `image`, `text`, `vector`, or `image` and `text` together.
+
+    An image with a text is found by its caption as well as by its looks: its vector is the direction of
+    image + `text_weight` · text (unit vectors). The text is only embedded; to have it back, put it into the
+    metadata as well.
+    """
 
     id: str | None = None
-    """1 to 1024 bytes of UTF-8; None takes the first 32 hex digits of the content's sha256."""
+    """1 to 1024 bytes of UTF-8; None takes the first 32 hex digits of the sha256 of the image, else of the
+    text or the vector."""
     image: bytes | None = field(default=None, repr=False)
     """An encoded picture (JPEG, PNG, …)."""
     text: str | None = field(default=None, repr=False)
+    text_weight: float = TEXT_WEIGHT
+    """0 to 10: how much the text counts beside the image's 1. Alone, an image or a text counts fully."""
     vector: Sequence[float] | NDArray[np.float32] | None = field(default=None, repr=False)
     """`dim` finite numbers of any length but zero; stored at unit length."""
     metadata: Mapping[str, Any] = field(default_factory=dict)

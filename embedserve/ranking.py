@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedserve.errors import InvalidField
 
-__all__ = ["Links", "best_per_group", "field_value", "group_key", "mix", "mmr"]
+__all__ = ["Links", "best_per_group", "direction", "field_value", "group_key", "mix", "mmr"]
 
 Vectors = NDArray[np.float32]
 
@@ -34,16 +34,26 @@ def mix(vectors: Vectors, weights: Sequence[float]) -> Vectors:
     scale = max((abs(weight) for weight in weights), default=0.0)
     if scale == 0:
         raise InvalidField("All weights are 0; give at least one part another weight.", param="query")
-    relative = np.asarray(weights, np.float64) / scale  # so that huge weights cannot overflow
-    total = relative @ vectors.astype(np.float64)
-    length = float(np.linalg.norm(total))
-    if length < _CANCELLED:
+    mixed = direction(vectors, [weight / scale for weight in weights])  # so that none can overflow
+    if mixed is None:
         raise InvalidField(
             "The parts of the query cancel out, which leaves no direction to search in; "
             "change a weight or take a part away.",
             param="query",
         )
-    return np.asarray(total / length, dtype=np.float32)
+    return mixed
+
+
+def direction(vectors: Vectors, weights: Sequence[float]) -> Vectors | None:
+    """Σ wᵢ vᵢ scaled to unit length, float32 (dim,); None where the parts cancel out.
+
+    Args:
+        vectors: float32 (n, dim), unit length.
+        weights: n numbers, the largest of them not far from 1.
+    """
+    total = np.asarray(weights, np.float64) @ vectors.astype(np.float64)
+    length = float(np.linalg.norm(total))
+    return None if length < _CANCELLED else np.asarray(total / length, dtype=np.float32)
 
 
 def mmr(relevance: Sequence[float], vectors: Vectors, k: int, diversity: float) -> list[int]:

@@ -19,6 +19,7 @@ from indexes.base import (
     InvalidFilter,
     InvalidId,
     InvalidMetadata,
+    InvalidQuery,
     InvalidVector,
     StoreCorrupt,
     StoreError,
@@ -136,14 +137,19 @@ def unknown_item(id: str) -> NotFound:
 
 def translate(error: StoreError | OSError | sqlite3.Error, name: str) -> EmbedServeError:
     """What went wrong in a collection's files, as an error that the API can show."""
-    params = {InvalidFilter: "filter", InvalidId: "id", InvalidVector: "vector", InvalidMetadata: "metadata"}
+    params: dict[type[StoreError], str | None] = {
+        InvalidFilter: "filter",
+        InvalidId: "id",
+        InvalidMetadata: "metadata",
+        InvalidQuery: None,  # its message names the number
+        InvalidVector: "vector",
+    }
     for kind, param in params.items():
         if isinstance(error, kind):
             return InvalidField(_capital(str(error)), param=param)
     if isinstance(error, StoreLocked):
         return Conflict(
-            f"Collection '{name}' is open in another process, and only one may write to it ({error}). "
-            "Stop the other one, or talk to its server with --url.",
+            f"Collection '{name}' cannot be used: {error}",  # which says who has it, and the ways out
             code="collection_locked",
         )
     if isinstance(error, StoreCorrupt):

@@ -37,6 +37,7 @@ from indexes.base import (
     InvalidFilter,
     InvalidId,
     InvalidMetadata,
+    InvalidQuery,
     InvalidVector,
     StoreCorrupt,
     StoreError,
@@ -61,6 +62,7 @@ STORE_ERRORS: Mapping[type[StoreError], tuple[type[EmbedServeError], str]] = {
     InvalidVector: (InvalidField, "invalid_vector"),
     InvalidMetadata: (InvalidField, "invalid_metadata"),
     InvalidFilter: (InvalidField, "invalid_filter"),
+    InvalidQuery: (InvalidField, "invalid_query"),
     StoreLocked: (NotReady, "store_locked"),
     StoreCorrupt: (EmbedServeError, "store_corrupt"),
 }

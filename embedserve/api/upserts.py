@@ -28,6 +28,7 @@ from embedserve.api.openapi import BINARY, Failure, answers, body
 from embedserve.api.services import Services, services
 from embedserve.collections import Collection, NewItem, Stored
 from embedserve.errors import BadRequest, Conflict, EmbedServeError, InvalidField, NotFound
+from embedserve.items import MAX_TEXT_WEIGHT, TEXT_WEIGHT
 
 __all__ = ["router"]
 
@@ -37,14 +38,30 @@ LINES_AT_ONCE = 256
 """Lines of NDJSON embedded and written together; one commit each."""
 
 
+TextWeight = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=MAX_TEXT_WEIGHT,
+        description="Of an item with both: its vector is the direction of image + text_weight · text.",
+    ),
+]
+
+
 class ItemBody(RequestModel):
-    """Exactly one of `image`, `text` and `vector`."""
+    """Its vector comes from `image`, `text`, `vector`, or `image` and `text` together.
+
+    A picture with a text is found by its caption as well as by its looks. The text is only embedded: what is
+    to be shown or filtered by belongs into `metadata`.
+    """
 
     id: str | None = Field(
-        None, description="Left out: made from the content, so that writing twice is safe."
+        None,
+        description="Left out: made from the image, text or vector, so that writing twice is safe.",
     )
     image: str | None = Field(None, description="Base64, a data URI or an http(s) URL.")
-    text: str | None = None
+    text: str | None = Field(None, description="With an image: its caption.")
+    text_weight: TextWeight = TEXT_WEIGHT
     vector: list[float] | None = Field(None, description="Any length but zero; kept at unit length.")
     metadata: dict[str, Any] = Field(default_factory=dict)
 
@@ -59,6 +76,8 @@ class FileNote(RequestModel):
     """What belongs to a file of the form."""
 
     id: str | None = None
+    text: str | None = None
+    text_weight: TextWeight = TEXT_WEIGHT
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -88,7 +107,8 @@ class ItemsAnswer(BaseModel):
             "file": {"type": "array", "items": BINARY, "description": "Images; the id is the file's name."},
             "items": {
                 "type": "string",
-                "description": 'JSON: [{"id", "metadata"}], one for each file in their order.',
+                "description": 'JSON: [{"id", "text", "text_weight", "metadata"}], one for each file in '
+                "their order, all fields optional; `text` is the picture's caption.",
             },
         },
         required=("file",),
@@ -98,6 +118,16 @@ class ItemsAnswer(BaseModel):
                 "items": [{"id": "a.jpg", "image": "https://example.com/a.jpg", "metadata": {"year": 2024}}]
             },
             "texts": {"items": [{"text": "a red apple"}, {"text": "a green pear"}]},
+            "captioned": {
+                "items": [
+                    {
+                        "id": "a.jpg",
+                        "image": "https://example.com/a.jpg",
+                        "text": "my dog",
+                        "text_weight": 0.5,
+                    }
+                ]
+            },
         },
     ),
 )
@@ -136,11 +166,19 @@ class _Asked:
     id: str | None = None
     image: str | bytes | None = field(default=None, repr=False)
     text: str | None = None
+    text_weight: float = TEXT_WEIGHT
     vector: list[float] | None = field(default=None, repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def new(self, image: bytes | None) -> NewItem:
-        return NewItem(id=self.id, image=image, text=self.text, vector=self.vector, metadata=self.metadata)
+        return NewItem(
+            id=self.id,
+            image=image,
+            text=self.text,
+            text_weight=self.text_weight,
+            vector=self.vector,
+            metadata=self.metadata,
+        )
 
     def placed(self, error: EmbedServeError) -> EmbedServeError:
         """The error with its field's path in the request instead of that in the item."""
@@ -228,7 +266,7 @@ def _parse(given: object, place: str) -> _Asked | EmbedServeError:
         item = parse_model(ItemBody, given, prefix=place)
     except EmbedServeError as error:
         return error
-    return _Asked(place, item.id, item.image, item.text, item.vector, item.metadata)
+    return _Asked(place, item.id, item.image, item.text, item.text_weight, item.vector, item.metadata)
 
 
 def _form_items(form: Form, parts: Services) -> list[_Asked | EmbedServeError]:
@@ -244,7 +282,8 @@ def _form_items(form: Form, parts: Services) -> list[_Asked | EmbedServeError]:
             items.append(error)
             continue
         name = part.filename if note.id is None else note.id
-        items.append(_Asked(f"{part.name}[{index}]", name, part.value, metadata=note.metadata))
+        place = f"{part.name}[{index}]"
+        items.append(_Asked(place, name, part.value, note.text, note.text_weight, metadata=note.metadata))
     return items
 
 

@@ -36,6 +36,7 @@ def index(
     *,
     collection: str,
     metadata: Path | None = None,
+    caption: str | None = None,
     prune: Switch = False,
     max_image_bytes: int = SERVE_DEFAULTS.limits.max_image_bytes,
     where: Where = HERE,
@@ -46,6 +47,7 @@ def index(
         folder: Searched with its subfolders, hidden ones excepted.
         collection: Name of the collection; made when missing.
         metadata: CSV or JSONL file with a column 'path' (below FOLDER); the others become metadata.
+        caption: Column of that file whose text is embedded with the picture, so that words find it too.
         prune: Delete the collection's items that came from a file which FOLDER no longer holds.
         max_image_bytes: Larger files are listed, not sent.
     """
@@ -59,6 +61,7 @@ def index(
                 folder,
                 collection,
                 metadata=metadata,
+                caption=caption,
                 prune=prune,
                 max_image_bytes=max_image_bytes,
                 progress=progress,

@@ -187,7 +187,7 @@ async def test_running_requests_finish_before_a_drop(colours: Collection, librar
     await library.drop("things")
     assert all(task.done() for task in [*writes, *searches])
     assert all(isinstance(one, Stored) for task in writes for one in task.result())
-    assert all(task.result()[0].id == "red.png" for task in searches)
+    assert all(task.result()[0].score > 0.999 for task in searches)  # many are as red as red.png
     assert list(library.folder.iterdir()) == []
 
 

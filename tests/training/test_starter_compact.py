@@ -56,7 +56,7 @@ def rounded(values: np.ndarray, block: int) -> np.ndarray:
         (
             {"table": "float16", "matrix": "int8 rows"},
             lambda w: w.astype(np.float16),
-            lambda w: rounded(w, 1),
+            lambda w: rounded(w, 80),
         ),
     ],
 )
