@@ -6,11 +6,13 @@ Each field is a flag of `embedserve serve` (`--max-pixels`) and an environment v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+
+from embedserve.errors import InvalidField
 
 __all__ = ["Limits", "ServeConfig", "Several", "Switch"]
 
@@ -24,7 +26,10 @@ Several = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a request may cost. Beyond a limit the answer names it, with status 413 or 429."""
+    """What a request may cost. Beyond a limit the answer names it, with status 413 or 429.
+
+    Raises InvalidField for a limit below 1.
+    """
 
     max_body_bytes: int = 64 * 1024 * 1024
     """Bytes of one request."""
@@ -50,11 +55,15 @@ class Limits:
     fetch_timeout: float = 10.0
     """Seconds to fetch an image from a URL, redirects included."""
 
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            _at_least(limit.name, getattr(self, limit.name), 1e-3 if limit.name == "fetch_timeout" else 1)
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Everything `create_app` needs to know."""
+    """Everything `create_app` needs to know. Raises InvalidField for numbers that make no sense."""
 
     data: Path = Path("embedserve-data")
     """Folder with the collections and label sets; made when missing."""
@@ -93,3 +102,13 @@ class ServeConfig:
     """Origins whose pages may call the API from a browser; repeatable."""
 
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        _at_least("threads", self.threads, 1)
+        _at_least("workers", self.workers, 0)
+        _at_least("max_batch", self.max_batch, 1)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise InvalidField(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}.", param=name)

@@ -15,9 +15,10 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,14 @@ async def server(data: Path, encoder: Path) -> AsyncIterator[tuple[asyncio.subpr
     )
     assert process.stdout is not None
     try:
-        line = (await process.stdout.readline()).decode()
+        async with asyncio.timeout(60):
+            line = (await process.stdout.readline()).decode()
         url = re.search(r"http://[\d.:]+", line)
         assert url is not None, f"the server did not start: {line!r}"
         yield process, url[0]
     finally:
-        if process.returncode is None:
-            process.kill()
+        with suppress(ProcessLookupError):  # killed already
+            os.kill(process.pid, signal.SIGKILL)
         await process.wait()
 
 
@@ -239,7 +241,7 @@ async def test_kill_9_loses_no_acknowledged_write_and_brings_no_deleted_item_bac
             await asyncio.sleep(rng.uniform(0, 0.03))  # into the middle of whatever goes on
             died = process.returncode
             clients.killed = True
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
             ends = await asyncio.gather(*running, return_exceptions=True)
             enough.cancel()
             assert died is None, f"the server ended by itself with {died} and {ends}"
