@@ -1,14 +1,14 @@
 """What captions do to the demo collection: `python -m benchmarks.demo_quality`.
 
-The drawings of `embedserve demo`, embedded with their names at several weights; at 0 the picture stands alone,
-0.5 is what the demo does. Two kinds of queries, each with one right answer among all drawings:
+The drawings of `embedserve demo`, embedded with their names at several weights; at 0 the picture stands
+alone, 0.5 is what the demo does. Two kinds of queries, each with one right answer among all drawings:
 
-    text    an emoji's first other name, which is not embedded; half of them share a word with the name that is
-            ("cop" and "police officer" do not, "fried egg" and "cooking" neither, "airplane arrival" does).
-    image   every fourth drawing, turned by 12 degrees and cropped, so that it is never the same pixels.
+    text    an emoji's first other name, which is not embedded. Two thirds share a word with the name that is
+            ("camera flash" and "camera with flash"), the others, `apart`, do not ("gun" and "water pistol").
+    image   each drawing, turned by 12 degrees and cropped, so that no pixel is where it was.
 
 R@k is the share of queries whose drawing is among the first k; of equal scores the right one counts as last.
-`apart` is R@10 of those text queries that share no word with the name. Needs the extra 'demo'.
+Needs the extra 'demo'.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from embedserve.config import Limits
 from embedserve.demo import SIZE, drawings, rasterise
 from embedserve.encoder import Encoder
 from embedserve.items import TEXT_WEIGHT
-from embedserve.ranking import direction
+from embedserve.ranking import mix
 
 WEIGHTS = (0.0, 0.25, TEXT_WEIGHT, 0.75, 1.0)
 SEARCHES = ("red fruit", "a dog", "something to drink", "musical instrument")
@@ -50,21 +50,20 @@ def main() -> None:
     aliases = [every[i].aliases[0] for i in aliased]
     apart = np.array([not words(alias) & words(names[i]) for i, alias in zip(aliased, aliases, strict=True)])
     by_alias = embed_texts(encoder, aliases)
-    sampled = np.arange(0, len(every), 4)
-    altered = embed_images(encoder, [alter(pngs[i]) for i in sampled])
+    altered, order = embed_images(encoder, [alter(png) for png in pngs]), np.arange(len(every))
     searches = embed_texts(encoder, SEARCHES)
 
     print(machine())
     print(
         f"{encoder.name}: {len(every)} drawings; {len(aliases)} text queries, {apart.sum()} of them apart; "
-        f"{len(sampled)} image queries."
+        f"{len(altered)} image queries."
     )
     print("| weight | text R@1 | R@10 | apart R@10 | image R@1 | R@5 |")
     print("|---|---|---|---|---|---|")
     answers: list[str] = []
     for weight in WEIGHTS:
         gallery = captioned(images, captions, weight)
-        text, image = ranks(by_alias, gallery, aliased), ranks(altered, gallery, sampled)
+        text, image = ranks(by_alias, gallery, aliased), ranks(altered, gallery, order)
         cells = (share(text, 1), share(text, 10), share(text[apart], 10), share(image, 1), share(image, 5))
         print(f"| {weight:g} | " + " | ".join(cells) + " |")
         if weight in (0, TEXT_WEIGHT):
@@ -76,15 +75,15 @@ def main() -> None:
 
 def captioned(images: Vectors, captions: Vectors, weight: float) -> Vectors:
     """What the collection stores of each image and its caption, float32 (n, dim)."""
-    mixed = [direction(np.stack(pair), (1, weight)) for pair in zip(images, captions, strict=True)]
-    return np.stack([vector for vector in mixed if vector is not None])
+    return np.stack([mix(np.stack(pair), (1, weight)) for pair in zip(images, captions, strict=True)])
 
 
 def ranks(queries: Vectors, gallery: Vectors, truth: NDArray[np.intp]) -> NDArray[np.intp]:
     """For each query how many others score at least as high as its answer."""
     scores = queries @ gallery.T
     right = scores[np.arange(len(truth)), truth]
-    return (scores >= right[:, None]).sum(axis=1) - 1
+    better: NDArray[np.intp] = (scores >= right[:, None]).sum(axis=1) - 1
+    return better
 
 
 def share(ranks: NDArray[np.intp], k: int) -> str:

@@ -111,4 +111,6 @@ class ServeConfig:
 
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
-        raise InvalidField(f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}.", param=name)
+        raise InvalidField(
+            f"--{name.replace('_', '-')} is {value}; it must be at least {least:g}.", param=name
+        )

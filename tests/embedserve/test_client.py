@@ -224,6 +224,26 @@ def test_a_collection_from_making_to_dropping(local: Any) -> None:
     local(work)
 
 
+def test_a_picture_is_found_by_the_text_it_was_uploaded_with(local: Any) -> None:
+    async def work(client: Client) -> None:
+        await client.create_collection("things")
+        uploads = [
+            Upload(id="plain", image=picture("red")),
+            Upload(id="ball", image=picture("red"), text="round"),
+            Upload(id="mostly round", image=picture("red"), text="round", text_weight=10),
+            Upload(id="wrong", image=picture("red"), text="round", text_weight=11),
+        ]
+        answer = await client.upload("things", uploads)
+        assert [result["status"] for result in answer["results"]] == ["ok", "ok", "ok", "error"]
+        await client.upsert("things", [{"id": "box", "image": picture("red"), "text": "square"}])
+        hits = (await client.search("things", text="round", k=2))["hits"]
+        assert [hit["id"] for hit in hits] == ["mostly round", "ball"]
+        assert [hit["score"] for hit in hits] == pytest.approx([10 / 101**0.5, 0.5 / 1.25**0.5], abs=1e-3)
+        assert hits[1]["metadata"] == {}
+
+    local(work)
+
+
 def test_all_failing_is_still_an_answer_for_each(local: Any) -> None:
     async def work(client: Client) -> Any:
         await client.create_collection("things")

@@ -162,6 +162,7 @@ async def test_a_collection_open_in_another_process_is_a_conflict(library: Libra
             with pytest.raises(Conflict, match="open in another process") as caught:
                 await use("photos")
             assert caught.value.code == "collection_locked"
+            assert str(caught.value).count("--url") == 1
         assert "open in another process" in str((await other.describe("photos")).problem)
     assert await (await library.get("photos")).count() == 0
 

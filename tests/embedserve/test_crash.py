@@ -15,10 +15,10 @@ import io
 import json
 import os
 import re
-import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,24 +140,23 @@ class Clients:
 
 
 @asynccontextmanager
-async def server(data: Path, encoder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+async def server(data: Path, encoder: Path) -> AsyncIterator[tuple[subprocess.Popen[str], str]]:
     """A server process on a free port, and its URL once it is ready. Killed at the end, if it still runs."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "embedserve", "serve"),
-        *("--data", str(data), "--encoder", str(encoder), "--port", "0", "--threads", "1"),
-        stdout=asyncio.subprocess.PIPE,
+    command = [sys.executable, "-m", "embedserve", "serve", "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, "--data", str(data), "--encoder", str(encoder)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    try:
-        async with asyncio.timeout(60):
-            line = (await process.stdout.readline()).decode()
-        url = re.search(r"http://[\d.:]+", line)
-        assert url is not None, f"the server did not start: {line!r}"
-        yield process, url[0]
-    finally:
-        with suppress(ProcessLookupError):  # killed already
-            os.kill(process.pid, signal.SIGKILL)
-        await process.wait()
+    with process.stdout:
+        try:
+            async with asyncio.timeout(60):
+                line = await asyncio.to_thread(process.stdout.readline)
+            url = re.search(r"http://[\d.:]+", line)
+            assert url is not None, f"the server did not start: {line!r}"
+            yield process, url[0]
+        finally:
+            process.kill()
+            await asyncio.to_thread(process.wait)
 
 
 async def stored(http: httpx2.AsyncClient) -> dict[str, dict[str, Any]]:
@@ -239,9 +238,9 @@ async def test_kill_9_loses_no_acknowledged_write_and_brings_no_deleted_item_bac
             enough = asyncio.create_task(clients.enough.wait())
             await asyncio.wait([*running, enough], return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(rng.uniform(0, 0.03))  # into the middle of whatever goes on
-            died = process.returncode
+            died = process.poll()
             clients.killed = True
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             ends = await asyncio.gather(*running, return_exceptions=True)
             enough.cancel()
             assert died is None, f"the server ended by itself with {died} and {ends}"

@@ -77,6 +77,24 @@ def test_the_collection_is_built_found_by_word_and_completed_by_a_second_run(
     assert found["hits"][0]["thumbnail"]
 
 
+def test_a_drawing_is_found_by_a_word_of_its_name_that_no_picture_shows(
+    every: dict[str, Drawing], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """ "large" is no colour, and the tiny encoder sees nothing but colours in a picture."""
+    names = ["large-blue-diamond", "small-blue-diamond", "blue-square"]
+
+    async def work() -> list[str]:
+        async with Client.local(ServeConfig(data=tmp_path, encoder=str(tiny_folder))) as client:
+            await build_demo(client, [every[name] for name in names])
+            return [
+                hit["id"]
+                for word in ("large", "small", "square")
+                for hit in (await client.search("openmoji", text=word, k=1))["hits"]
+            ]
+
+    assert asyncio.run(work()) == names
+
+
 def test_a_drawing_that_cannot_be_read_fails_alone(
     every: dict[str, Drawing], tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -297,6 +297,37 @@ def test_sidecar_metadata_is_added_and_a_new_value_replaces_the_item(
     assert server.ingest(photos).unchanged == 3  # a run without the sidecar leaves its metadata alone
 
 
+def test_a_column_of_the_sidecar_is_embedded_as_caption(server: Server, photos: Path, tmp_path: Path) -> None:
+    sidecar = tmp_path / "about.csv"
+    sidecar.write_text("path,title\nred.png,round\nsub/blue.png,\n")
+    assert server.ingest(photos, metadata=sidecar).added == 3
+    assert server.ingest(photos, metadata=sidecar, caption="title").replaced == 1  # of whom it now is another
+    answer = server.run(lambda client: client.search("photos", text="round", k=1))
+    assert answer["hits"][0]["id"] == "red.png"
+    assert answer["hits"][0]["score"] == pytest.approx(0.5 / 1.25**0.5, abs=1e-3)
+    items = server.items()
+    assert (items["red.png"]["title"], items["red.png"]["caption_column"]) == ("round", "title")
+    assert "caption_column" not in items["sub/blue.png"]
+    assert server.ingest(photos, metadata=sidecar, caption="title").unchanged == 3
+    assert server.ingest(photos).unchanged == 3
+    assert server.ingest(photos, metadata=sidecar).replaced == 1  # without --caption, the picture alone again
+    assert server.run(lambda client: client.search("photos", text="round", k=1))["hits"][0][
+        "score"
+    ] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_caption_that_the_sidecar_lacks_is_refused(server: Server, photos: Path, tmp_path: Path) -> None:
+    sidecar = tmp_path / "about.jsonl"
+    sidecar.write_text('{"path": "red.png", "title": "round", "tags": ["x"], "year": 1999}\n')
+    with pytest.raises(InvalidField, match="no text in 'titel'; did you mean 'title'"):
+        server.ingest(photos, metadata=sidecar, caption="titel")
+    with pytest.raises(InvalidField, match="'tags' of 'red.png' .* is no text"):
+        server.ingest(photos, metadata=sidecar, caption="tags")
+    with pytest.raises(InvalidField, match="give one with --metadata"):
+        server.ingest(photos, caption="title")
+    assert server.ingest(photos, metadata=sidecar, caption="year").added == 3  # a number is read as it stands
+
+
 def test_an_interrupted_run_keeps_what_was_answered_and_the_next_one_goes_on(
     server: Server, photos: Path
 ) -> None:

@@ -7,10 +7,15 @@ import hashlib
 import io
 import json
 import shutil
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -20,6 +25,7 @@ from embedserve.config import Limits, ServeConfig
 from embedserve.encoder import Encoder
 from embedserve.errors import (
     BadRequest,
+    Busy,
     EmbedServeError,
     InvalidField,
     NotFound,
@@ -31,6 +37,14 @@ from tests.embedserve.colours import BLUE, GREEN, RED, axis, ids, library_at, pn
 from tests.tiny_bundle import DIM
 
 pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def towers_of(bundle: Path) -> AsyncIterator[Towers]:
+    towers = Towers(Encoder.load(bundle, threads=1), ServeConfig())
+    await towers.start()
+    yield towers
+    await towers.close()
 
 
 def errors(results: list[Stored | EmbedServeError]) -> list[str | None]:
@@ -53,12 +67,26 @@ async def test_items_come_back_as_they_were_given(colours: Collection) -> None:
     assert (await colours.item("red.png")).vector is None
 
 
+WEIGHT = "text_weight"
 BAD_ITEMS = {
     "nothing given": (NewItem(id="x"), InvalidField, None),
     "two given": (NewItem(id="x", text="red", vector=[1.0] * DIM), InvalidField, "vector"),
     "empty image": (NewItem(id="x", image=b""), BadRequest, "image"),
     "truncated image": (NewItem(id="x", image=png(RED)[:40]), BadRequest, "image"),
     "a web page": (NewItem(id="x", image=b"<!DOCTYPE html><html></html>"), UnsupportedMedia, "image"),
+    "image and vector": (NewItem(id="x", image=png(RED), vector=[1.0] * DIM), InvalidField, "vector"),
+    "all three": (
+        NewItem(id="x", image=png(RED), text="red", vector=[1.0] * DIM),
+        InvalidField,
+        "vector",
+    ),
+    "bad image with a text": (NewItem(id="x", image=png(RED)[:40], text="red"), BadRequest, "image"),
+    "image with an empty text": (NewItem(id="x", image=png(RED), text=" "), InvalidField, "text"),
+    "weight below 0": (NewItem(id="x", image=png(RED), text="red", text_weight=-0.1), InvalidField, WEIGHT),
+    "weight above 10": (NewItem(id="x", image=png(RED), text="red", text_weight=10.1), InvalidField, WEIGHT),
+    "weight NaN": (NewItem(id="x", image=png(RED), text_weight=float("nan")), InvalidField, WEIGHT),
+    "weight in words": (NewItem(id="x", text="red", text_weight="half"), InvalidField, WEIGHT),
+    "weight true": (NewItem(id="x", image=png(RED), text="red", text_weight=True), InvalidField, WEIGHT),
     "empty text": (NewItem(id="x", text=" \n"), InvalidField, "text"),
     "short vector": (NewItem(id="x", vector=[1.0, 2.0]), InvalidField, "vector"),
     "nested vector": (NewItem(id="x", vector=[[1.0] * DIM]), InvalidField, "vector"),
@@ -97,24 +125,146 @@ async def test_a_bad_item_fails_alone(things: Collection, name: str) -> None:
     assert ids(await things.scan()) == ["1", "2"]
 
 
+async def test_the_message_says_what_an_item_may_hold(things: Collection) -> None:
+    (error,) = await things.upsert([NewItem(image=png(RED), text="red", vector=axis("red"))])
+    assert str(error) == (
+        "The item has 'image' and 'text' and 'vector'; give 'image', 'text', 'vector', or 'image' and 'text' "
+        "together."
+    )
+
+
+# --- an image with a text -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0, 0.5, 1, 10])
+async def test_an_image_with_a_text_lies_between_them_by_the_weight(
+    things: Collection, weight: float
+) -> None:
+    item = NewItem(id="ball", image=png(RED), text="round", text_weight=weight, metadata={"n": 1})
+    assert await things.upsert([item]) == [Stored("ball", "image")]
+    stored = await things.item("ball", vectors=True)
+    wanted = axis("red") + weight * axis("round")
+    np.testing.assert_allclose(stored.vector, wanted / np.linalg.norm(wanted), atol=1e-3)
+    assert (stored.kind, stored.metadata) == ("image", {"n": 1})  # the text is not kept
+    assert stored.image_sha256 == hashlib.sha256(png(RED)).hexdigest()
+    assert (await things.thumbnail("ball")).data
+
+
+async def test_the_text_counts_half_unless_told_otherwise(things: Collection) -> None:
+    await things.upsert([NewItem(id="ball", image=png(RED), text="round")])
+    stored = await things.item("ball", vectors=True)
+    np.testing.assert_allclose(stored.vector, (axis("red") + 0.5 * axis("round")) / 1.25**0.5, atol=1e-3)
+
+
+async def test_an_image_with_a_text_is_found_by_both(things: Collection) -> None:
+    await things.upsert(
+        [
+            NewItem(id="red ball", image=png(RED), text="round"),
+            NewItem(id="red box", image=png(RED), text="square"),
+            NewItem(id="blue ball", image=png(BLUE), text="round"),
+            NewItem(id="blue", image=png(BLUE)),
+        ]
+    )
+    assert (await things.search([Part(image=png(BLUE))]))[0].id == "blue"
+    assert ids(await things.search([Part(text="round")], k=2)) == ["blue ball", "red ball"]
+    assert ids(await things.search([Part(text="red round")], k=2)) == ["red ball", "red box"]
+
+
+async def test_without_an_id_a_picture_with_another_text_is_the_same_item(things: Collection) -> None:
+    first = await things.upsert([NewItem(image=png(RED), text="round")])
+    assert await things.upsert([NewItem(image=png(RED), text="square")]) == first
+    assert ids(first) == [hashlib.sha256(png(RED)).hexdigest()[:32]]
+
+
+async def test_the_weight_of_a_lone_image_or_text_changes_nothing(things: Collection) -> None:
+    await things.upsert(
+        [NewItem(id="i", image=png(RED), text_weight=7), NewItem(id="t", text="red", text_weight=0)]
+    )
+    for item in (await things.get(["i", "t"], vectors=True)).values():
+        np.testing.assert_allclose(item.vector, axis("red"), atol=1e-3)
+
+
+async def test_an_image_and_a_text_that_cancel_out_fail_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    """With an encoder whose texts point away from what they say."""
+    with new_bundle(tmp_path / "contrary") as folder:
+        for name in ("image.onnx", "tokenizer.json"):
+            shutil.copy(tiny_folder / name, folder)
+        model = onnx.load(tiny_folder / "text.onnx")
+        (table,) = (one for one in model.graph.initializer if one.name == "table")
+        table.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(table), "table"))
+        onnx.save(model, folder / "text.onnx")
+        seal(folder, open_bundle(tiny_folder).description.model_copy(update={"name": "contrary"}))
+    async with towers_of(tmp_path / "contrary") as towers, library_at(tmp_path / "c", towers) as library:
+        await library.create("things")
+        things = await library.get("things")
+        results = await things.upsert(
+            [
+                NewItem(id="1", image=png(RED), text="red", text_weight=1),
+                NewItem(id="2", image=png(RED), text="red"),
+                NewItem(id="3", image=png(BLUE), text="red", text_weight=1),
+            ]
+        )
+        assert errors(results) == ["InvalidField text_weight", None, None]
+        assert "cancel out" in str(results[0])
+        stored = await things.get(["1", "2", "3"], vectors=True)
+        np.testing.assert_allclose(stored["2"].vector, axis("red"), atol=1e-3)
+        np.testing.assert_allclose(stored["3"].vector, (axis("blue") - axis("red")) / 2**0.5, atol=1e-3)
+        assert "1" not in stored
+
+
+async def test_both_towers_work_at_the_same_time(
+    things: Collection, towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting = threading.Barrier(2, timeout=10)  # broken, and the items fail, unless both towers come
+
+    def after_meeting(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def meet(inputs: Any) -> Any:
+            meeting.wait()
+            return run(inputs)
+
+        return meet
+
+    for name in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(towers.encoder, name, after_meeting(getattr(towers.encoder, name)))
+    results = await things.upsert([NewItem(id="ball", image=png(RED), text="round")])
+    assert results == [Stored("ball", "image")]
+
+
+async def test_where_one_queue_is_full_nothing_is_written_and_the_other_one_stops(
+    things: Collection, towers: Towers
+) -> None:
+    queue = towers.queues["text"]
+    before = towers.queues["image"].items
+    with queue.places(ServeConfig().limits.queue_size), pytest.raises(Busy):
+        await things.upsert([NewItem(image=png(RED), text="red"), NewItem(image=png(BLUE))])
+    assert await things.count() == 0
+    assert towers.queues["image"].items == before
+    assert [queue.waiting for queue in towers.queues.values()] == [0, 0]
+    await things.upsert([NewItem(image=png(RED), text="red")])
+
+
 async def test_a_text_for_an_encoder_without_a_text_tower_fails_alone(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     with new_bundle(tmp_path / "eyes") as folder:
         shutil.copy(tiny_folder / "image.onnx", folder)
         seal(folder, open_bundle(tiny_folder).description.model_copy(update={"text": None, "name": "eyes"}))
-    towers = Towers(Encoder.load(tmp_path / "eyes", threads=1), ServeConfig())
-    await towers.start()
-    async with library_at(tmp_path / "collections", towers) as library:
+    async with towers_of(tmp_path / "eyes") as towers, library_at(tmp_path / "c", towers) as library:
         await library.create("pictures")
         pictures = await library.get("pictures")
-        results = await pictures.upsert([NewItem(id="1", text="red"), NewItem(id="2", image=png(RED))])
-        assert errors(results) == ["InvalidField text", None]
+        results = await pictures.upsert(
+            [
+                NewItem(id="1", text="red"),
+                NewItem(id="2", image=png(RED)),
+                NewItem(id="3", image=png(RED), text="red"),
+            ]
+        )
+        assert errors(results) == ["InvalidField text", None, "InvalidField text"]
+        assert "eyes" in str(results[2])
         text, image = await pictures.neighbours([Part(text="red"), Part(image=png(RED))], "colour")
         assert (type(text), image) == (InvalidField, [])
         with pytest.raises(InvalidField, match="eyes"):
             await pictures.search([Part(text="red")])
-    await towers.close()
 
 
 async def test_only_bad_items_write_nothing(things: Collection) -> None:

@@ -161,6 +161,68 @@ def test_a_form_may_say_ids_and_metadata(client: TestClient, empty: str) -> None
     assert [(item["id"], item["metadata"]) for item in page] == [("b.png", {"n": 2}), ("first", {"n": 1})]
 
 
+def test_a_picture_may_come_with_a_text_in_every_form_of_body(client: TestClient, empty: str) -> None:
+    """`text_weight` 1 makes a vector halfway between the two, and 0.5 is what is meant without."""
+    ball = {"image": picture(RED), "text": "round"}
+    ok(client.post(f"{empty}/items", json={"items": [{"id": "json", **ball, "text_weight": 1}]}))
+    line = json.dumps({"id": "line", **ball, "text_weight": 1}).encode()
+    ok(client.post(f"{empty}/items", content=line, headers={"Content-Type": "application/x-ndjson"}))
+    notes = [{"id": "form", "text": "round", "text_weight": 1}, {"id": "half", "text": "round"}, {}]
+    files = [upload(RED), upload(RED), upload(RED, "plain"), ("items", (None, json.dumps(notes)))]
+    ok(client.post(f"{empty}/items", files=files))
+    items = ok(client.get(f"{empty}/items", params={"include": ["metadata", "vector"]}))["items"]
+    found = {item["id"]: item["vector"] for item in items}
+    for name in ("json", "line", "form"):
+        np.testing.assert_allclose(found[name], (axis("red") + axis("round")) / 2**0.5, atol=1e-3)
+    np.testing.assert_allclose(found["half"], (axis("red") + axis("round") / 2) / 1.25**0.5, atol=1e-3)
+    np.testing.assert_allclose(found["plain"], axis("red"), atol=1e-3)
+    assert {(item["kind"], str(item["metadata"])) for item in items} == {("image", "{}")}
+    assert all(item["thumbnail"] for item in items)
+
+
+def test_a_bad_picture_text_or_weight_fails_alone(client: TestClient, empty: str) -> None:
+    items = [
+        {"id": "good", "image": picture(RED), "text": "round"},
+        {"image": "bm8gaW1hZ2U=", "text": "round"},
+        {"image": picture(RED), "text": ""},
+        {"image": picture(RED), "text": "x" * 1_000_000},
+        {"image": picture(RED), "text": "round", "text_weight": 11},
+        {"image": picture(RED), "text": "round", "text_weight": -1},
+        {"image": picture(RED), "text": "round", "text_weight": "1"},
+        {"image": picture(RED), "text": "round", "text_weight": None},
+        {"image": picture(RED), "vector": [1] * 8},
+    ]
+    answer = ok(client.post(f"{empty}/items", json={"items": items}))
+    assert (answer["upserted"], answer["failed"]) == (1, 8)
+    fields = ["image", "text", "text", *["text_weight"] * 4, "vector"]
+    params = [result["error"]["param"] for result in answer["results"][1:]]
+    assert params == [f"items[{i}].{field}" for i, field in enumerate(fields, 1)]
+    assert "10" in answer["results"][4]["error"]["message"]
+
+
+def test_a_bad_text_for_a_file_fails_alone(client: TestClient, empty: str) -> None:
+    notes = [{"text": " "}, {"text_weight": 11}, {"txt": "round"}, {"text": "round"}]
+    files = [*(upload(RED, str(n)) for n in range(4)), ("items", (None, json.dumps(notes)))]
+    results = ok(client.post(f"{empty}/items", files=files))["results"]
+    assert [result.get("error", {}).get("param") for result in results] == [
+        "file[0].text",
+        "items[1].text_weight",
+        "items[2].txt",
+        None,
+    ]
+
+
+def test_the_document_tells_of_texts_and_their_weight(client: TestClient) -> None:
+    document = ok(client.get("/openapi.json"))
+    weight = document["components"]["schemas"]["ItemsBody"]["properties"]["items"]["items"]["properties"][
+        "text_weight"
+    ]
+    assert (weight["minimum"], weight["maximum"], weight["default"]) == (0, 10, 0.5)
+    content = document["paths"]["/v1/collections/{name}/items"]["post"]["requestBody"]["content"]
+    parts = content["multipart/form-data"]["schema"]["properties"]
+    assert "text_weight" in parts["items"]["description"]
+
+
 @pytest.mark.parametrize("notes", ["[{}]", "{}", "[{}, {}, {}]", "{"])
 def test_notes_must_match_the_files(client: TestClient, empty: str, notes: str) -> None:
     files = [upload(RED), upload(BLUE, "b.png"), ("items", (None, notes))]
