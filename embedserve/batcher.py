@@ -46,7 +46,7 @@ class Batcher(Generic[T, R]):
     are run one by one, so that only the bad one fails.
 
     Args:
-        run: Items → as many results, in order. Called in `executor`.
+        run: Items → as many results, in order; an item's result may be its own error. Called in `executor`.
         max_batch: Most items given to `run`.
         max_queue: Most places.
         workers: Most runs at the same time. What waits is shared among the idle ones.
@@ -64,7 +64,7 @@ class Batcher(Generic[T, R]):
 
     def __init__(
         self,
-        run: Callable[[list[T]], Sequence[R]],
+        run: Callable[[list[T]], Sequence[R | EmbedServeError]],
         *,
         max_batch: int,
         max_queue: int,
@@ -225,10 +225,14 @@ class Batcher(Generic[T, R]):
                 future.set_exception(for_the_user(error))
             return
         for future, result in zip(live, results, strict=True):
-            if not future.done():
+            if future.done():
+                continue
+            if isinstance(result, EmbedServeError):
+                future.set_exception(result)
+            else:
                 future.set_result(result)
 
-    async def _call(self, items: list[T]) -> Sequence[R]:
+    async def _call(self, items: list[T]) -> Sequence[R | EmbedServeError]:
         started = time.perf_counter()
         self._running += len(items)
         try:

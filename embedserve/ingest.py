@@ -1,7 +1,7 @@
 """A folder of pictures into a collection: resumable, and no bad file stops it.
 
 Every file is one item whose id is its path below the folder. Its metadata holds `path`, `folder`, `bytes` and
-`modified`, and the columns of a sidecar file. One of these may be embedded with the pictures as a caption, and
+`modified`, and the columns of a sidecar file. One of these may be embedded with the pictures as caption, and
 `caption_column` then says which. An item whose metadata already says all this is up to date, so the file is
 not even read. Whatever a batch wrote is durable once it is answered: stopping loses nothing, and running
 again goes on.

@@ -1,8 +1,11 @@
 """The encoder behind queues: what the API and the collections await.
 
-bytes → decode, preprocess (thread pool) → image queue → one run ┐
-                                                                 ├→ unit vectors
-texts → token ids ───────────────────────→ text queue  → one run ┘
+bytes → image queue → a worker decodes, preprocesses and runs the batch ┐
+                                                                        ├→ unit vectors
+texts → token ids → text queue → a worker runs the batch ───────────────┘
+
+Decoding and running share a thread: the cores are busy with either all the time, an image crosses between
+threads once, and what waits is encoded bytes, not pixels.
 """
 
 from __future__ import annotations
@@ -38,18 +41,27 @@ REMEMBERED_COUNTS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image's vector, float32 [dim], and its thumbnail as WebP bytes, from one decoding."""
+    """An image's vector, float32 [dim], and its thumbnail as WebP bytes, from one decoding.
+
+    The thumbnail is empty where none was asked for.
+    """
 
     vector: Vector
     thumbnail: bytes
 
 
-class Towers:
-    """An encoder, a queue for each of its towers and a thread pool that decodes.
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    data: bytes
+    thumbnail: bool = False
 
-    An input holds a place in its tower's queue from the moment it is accepted, so images that are still to
-    be decoded count as well. All methods raise Busy when there are no places left, NotReady after `close`
-    and InvalidField if the encoder lacks the tower; a bad input is an error in its own place.
+
+class Towers:
+    """An encoder, and for each of its towers a queue with workers.
+
+    An input holds a place in its tower's queue from the moment it is accepted. All methods raise Busy when
+    there are no places left, NotReady after `close` and InvalidField if the encoder lacks the tower; a bad
+    input is an error in its own place.
 
     Attributes:
         encoder: The encoder.
@@ -62,15 +74,12 @@ class Towers:
         self.proof: Proof | None = None
         self._limits = config.limits
         workers = config.workers or max(1, available_cores() // encoder.threads)
-        # Images are decoded and run in the same threads: more threads than cores would only take turns.
-        self._image_threads = ThreadPoolExecutor(max(workers, available_cores()), thread_name_prefix="images")
+        self._image_threads = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._text_threads = ThreadPoolExecutor(workers, thread_name_prefix="texts")
-        # So that decoding never gets ahead of the runs by more than the next batches, which bounds memory.
-        max_batch = min(config.max_batch, encoder.images_per_run)
-        self._decoding = asyncio.Semaphore(2 * workers * max_batch)
-        self._images: Batcher[Pixels, Vector] = Batcher(
-            lambda pixels: list(encoder.embed_images(pixels)),
-            max_batch=max_batch,  # the encoder would split larger ones, and their first images wait
+        self._images: Batcher[_Upload, Picture] = Batcher(
+            self._embed_uploads,
+            # The encoder would split larger batches, and the first images wait for the last.
+            max_batch=min(config.max_batch, encoder.images_per_run),
             max_queue=config.limits.queue_size,
             workers=workers,
             executor=self._image_threads,
@@ -103,20 +112,18 @@ class Towers:
             BadRequest, TooLarge, UnsupportedMedia: As `embedserve.decode.decode`.
         """
         self.encoder.require_images()
-        with self._images.places(1):
-            return await self._image(data)
+        return (await self._images.submit(_Upload(data))).vector
 
     async def images(self, data: Sequence[bytes]) -> list[Vector | EmbedServeError]:
         """The unit vector or the error of each encoded image, in order."""
         self.encoder.require_images()
-        with self._images.places(len(data)):
-            return await settle([self._image(one) for one in data])
+        embedded = await self._images.submit_many([_Upload(one) for one in data])
+        return [one if isinstance(one, EmbedServeError) else one.vector for one in embedded]
 
     async def pictures(self, data: Sequence[bytes]) -> list[Picture | EmbedServeError]:
         """As `images`, with thumbnails."""
         self.encoder.require_images()
-        with self._images.places(len(data)):
-            return await settle([self._picture(one) for one in data])
+        return await self._images.submit_many([_Upload(one, thumbnail=True) for one in data])
 
     async def texts(self, texts: Sequence[str | list[int]]) -> list[Vector | EmbedServeError]:
         """The unit vector or the error of each text, in order. A list of ints is a text in token ids."""
@@ -131,19 +138,23 @@ class Towers:
         known = self._counts.get(hash(text))
         return len(self.encoder.tokenize([text])[0]) if known is None else known
 
-    async def _image(self, data: bytes) -> Vector:
-        async with self._decoding:
-            pixels = await _in_thread(
-                self._image_threads, lambda: self.encoder.read_image(data, self._limits)
-            )
-            return await self._images.enqueue(pixels)
+    def _embed_uploads(self, uploads: list[_Upload]) -> list[Picture | EmbedServeError]:
+        """One run of the image tower, decoding included; in a worker's thread."""
+        read = [self._read(upload) for upload in uploads]
+        good = [one for one in read if not isinstance(one, EmbedServeError)]
+        vectors = iter(self.encoder.embed_images([pixels for pixels, _ in good]))
+        return [
+            one if isinstance(one, EmbedServeError) else Picture(next(vectors), one[1])  # in order
+            for one in read
+        ]
 
-    async def _picture(self, data: bytes) -> Picture:
-        async with self._decoding:
-            pixels, thumbnail = await _in_thread(
-                self._image_threads, lambda: self.encoder.read_picture(data, self._limits)
-            )
-            return Picture(await self._images.enqueue(pixels), thumbnail)
+    def _read(self, upload: _Upload) -> tuple[Pixels, bytes] | EmbedServeError:
+        try:
+            if upload.thumbnail:
+                return self.encoder.read_picture(upload.data, self._limits)
+            return self.encoder.read_image(upload.data, self._limits), b""
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong with an image, its batch goes on
+            return for_the_user(error)
 
     async def _tokenize(self, texts: Sequence[str | list[int]]) -> list[list[int] | EmbedServeError]:
         tokenizer = self.encoder.tokenizer

@@ -65,7 +65,7 @@ def test_the_collection_is_built_found_by_word_and_completed_by_a_second_run(
             first = await build_demo(client, some[:4])
             second = await build_demo(client, some)
             about = await client.collection("openmoji")
-            found = await client.search("openmoji", text="green", k=1)
+            found = await client.search("openmoji", text="green square", k=1)
             return first, second, dict(about), found
 
     first, second, about, found = asyncio.run(work())

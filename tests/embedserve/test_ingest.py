@@ -321,7 +321,7 @@ def test_a_caption_that_the_sidecar_lacks_is_refused(server: Server, photos: Pat
     sidecar.write_text('{"path": "red.png", "title": "round", "tags": ["x"], "year": 1999}\n')
     with pytest.raises(InvalidField, match="no text in 'titel'; did you mean 'title'"):
         server.ingest(photos, metadata=sidecar, caption="titel")
-    with pytest.raises(InvalidField, match="'tags' of 'red.png' .* is no text"):
+    with pytest.raises(InvalidField, match=r"'tags' of 'red\.png' .* is no text"):
         server.ingest(photos, metadata=sidecar, caption="tags")
     with pytest.raises(InvalidField, match="give one with --metadata"):
         server.ingest(photos, caption="title")
