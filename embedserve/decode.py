@@ -7,9 +7,8 @@ Anyone may send anything here, so three rules hold:
 - whatever goes wrong in a reader becomes a BadRequest, so a damaged file fails alone.
 
 Every function is free of shared state and safe in a thread pool. Embedded colour profiles are not applied:
-encoders are trained on unconverted pixels (open_clip, torchvision and timm all ignore profiles), the
-reference test holds us to those, and reading a wide-gamut photo so changes its features little (mean cosine
-.994 for Display P3).
+encoders are trained on unconverted pixels (open_clip, torchvision and timm all ignore profiles), and the
+reference test holds us to those.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class FolderLock:
             self._file.close()
             raise StoreLocked(
                 f"the store in '{folder}' is open in another process (pid {holder}), and one at a time may "
-                "have it. Stop that process, or talk to it over HTTP with --url."
+                "have it. Stop that process first."
             ) from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
