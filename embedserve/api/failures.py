@@ -33,19 +33,8 @@ from embedserve.errors import (
     UnsupportedMedia,
     closest,
 )
-from indexes.base import (
-    InvalidFilter,
-    InvalidId,
-    InvalidMetadata,
-    InvalidQuery,
-    InvalidVector,
-    StoreCorrupt,
-    StoreError,
-    StoreLocked,
-)
 
 __all__ = [
-    "STORE_ERRORS",
     "LastResort",
     "as_error",
     "error_body",
@@ -56,17 +45,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("embedserve")
-
-STORE_ERRORS: Mapping[type[StoreError], tuple[type[EmbedServeError], str]] = {
-    InvalidId: (InvalidField, "invalid_id"),
-    InvalidVector: (InvalidField, "invalid_vector"),
-    InvalidMetadata: (InvalidField, "invalid_metadata"),
-    InvalidFilter: (InvalidField, "invalid_filter"),
-    InvalidQuery: (InvalidField, "invalid_query"),
-    StoreLocked: (NotReady, "store_locked"),
-    StoreCorrupt: (EmbedServeError, "store_corrupt"),
-}
-"""What a store's error is over HTTP: the class, which knows the status, and the code."""
 
 STATUS_ERRORS: Mapping[int, type[EmbedServeError]] = {
     400: BadRequest,
@@ -86,11 +64,6 @@ def as_error(error: Exception) -> EmbedServeError:
     match error:
         case EmbedServeError():
             return error
-        case StoreError():
-            for known, (cls, code) in STORE_ERRORS.items():
-                if isinstance(error, known):
-                    return cls(str(error), code=code)
-            return EmbedServeError(str(error), code="store_error")
         case ValidationError():
             return invalid(error.errors(include_url=False, include_context=False))
     reference = uuid.uuid4().hex[:12]
@@ -201,7 +174,7 @@ def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
     async def http(request: Request, error: Exception) -> Response:
         return _http_error(routes, request, cast(HTTPException, error))
 
-    for cls in (EmbedServeError, StoreError, ValidationError):
+    for cls in (EmbedServeError, ValidationError):
         app.add_exception_handler(cls, ours)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)

@@ -175,8 +175,6 @@ def test_shrinking_on_load_keeps_the_tensor() -> None:
 
 
 def test_shrinking_on_load_keeps_the_embedding() -> None:
-    if not (STARTER / "encoder.json").is_file():
-        pytest.skip("embedserve/starter is not built; `embedserve export starter` builds it")
     bundle = open_bundle(STARTER)
     tower = bundle.description.image
     assert tower is not None
