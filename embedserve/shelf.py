@@ -149,7 +149,7 @@ def translate(error: StoreError | OSError | sqlite3.Error, name: str) -> EmbedSe
             return InvalidField(_capital(str(error)), param=param)
     if isinstance(error, StoreLocked):
         return Conflict(
-            f"Collection '{name}' cannot be used: {error}",  # which says who has it, and the ways out
+            f"Collection '{name}' cannot be used: {error} If that is a server, talk to it with --url.",
             code="collection_locked",
         )
     if isinstance(error, StoreCorrupt):
