@@ -322,7 +322,7 @@ def test_a_snapshot_of_another_dimension_is_refused(tmp_path: Path) -> None:
 
 def test_a_second_holder_is_told_what_to_do(tmp_path: Path) -> None:
     with LocalStore(tmp_path, DIM) as store:
-        with pytest.raises(StoreLocked, match=rf"pid {os.getpid()}.*--url"):
+        with pytest.raises(StoreLocked, match=rf"pid {os.getpid()}.*Stop that process"):
             LocalStore(tmp_path, DIM)
         store.upsert(["a"], vector(1, 0, 0, 0))
     LocalStore(tmp_path, DIM).close()
