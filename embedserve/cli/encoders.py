@@ -1,4 +1,4 @@
-"""The verbs on encoders: `classify`, `embed`, `check`, `models`, `export`."""
+"""The verbs on encoders: `classify`, `embed`, `check`, `models`."""
 
 from __future__ import annotations
 
@@ -173,27 +173,4 @@ def models(*, where: Where = HERE) -> int:
     else:
         for model in answer["data"]:
             print(model["id"])
-    return OK
-
-
-@app.command
-def export(source: str, /, *, out: Path) -> int:
-    """Write an encoder bundle, and prove it against the network it was made from.
-
-    Args:
-        source: What to export; 'starter' builds the bundled encoder anew.
-        out: The bundle's folder.
-    """
-    try:
-        from training.export import export as write
-
-        bundle = write(source, out)
-    except ImportError as error:
-        if (error.name or "").startswith("training"):  # our own fault, not a missing extra
-            raise
-        raise EmbedServeError(
-            f"Exporting needs '{error.name}'; install it with `pip install 'embedserve[train]'`.",
-            code="missing_extra",
-        ) from None
-    print(f"{bundle.name}: {bundle.dim} numbers, written to '{bundle.folder}'")
     return OK

@@ -1,0 +1,119 @@
+"""Draws the parameters of a view for every image of a batch, on the CPU.
+
+On the CPU, because then a seed gives the same views on every device, and because the rows that a rare
+operation touches are known without asking the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from training.views import View
+
+__all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "Parameters", "draw"]
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""The numbers of the four parts of the colour jitter in `Parameters.order`."""
+
+TRIES = 10
+"""Crops tried before the central fallback (Szegedy et al. 2015's crop as torchvision makes it)."""
+
+PUBLISHED_SIZE = 224
+"""The size of view in which the papers state the blur."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parameters:
+    """What was drawn for one view of B images. All tensors are on the CPU."""
+
+    box: Tensor
+    """float32 [B, 4]: left, top, width and height of the crop as shares 0..1 of the stored square."""
+    flip: Tensor
+    """bool [B]: mirrored left to right."""
+    factors: Tensor
+    """float32 [B, 3]: factors of brightness, contrast and saturation; 1 changes nothing."""
+    hue: Tensor
+    """float32 [B]: turns of the colour circle, -0.5..0.5."""
+    order: Tensor
+    """int64 [B, 4]: which part of the jitter comes first, second … (`BRIGHTNESS`, …, `HUE`)."""
+    jitter: Tensor
+    """bool [B]: whether the colour jitter is applied at all."""
+    gray: Tensor
+    """bool [B]: whether all colour is lost."""
+    sigma: Tensor
+    """float32 [B]: standard deviation of the blur in pixels of this view; 0 is no blur."""
+    solarize: Tensor
+    """bool [B]: whether values of 0.5 and more are inverted."""
+
+    def __len__(self) -> int:
+        return len(self.box)
+
+    def rows(self, rows: slice) -> Parameters:
+        """Those of some images: what one process takes of a batch that all processes drew alike."""
+        return Parameters(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def draw(view: View, aspect: Tensor, generator: torch.Generator) -> Parameters:
+    """Draws every image its own parameters.
+
+    The same number of random values is used whatever the view's probabilities are, so switching one
+    operation off leaves the others as they were.
+
+    Args:
+        view: What to draw.
+        aspect: float32 [B] on the CPU: width ÷ height of the originals.
+        generator: A generator of the CPU.
+    """
+    count = len(aspect)
+    # A row belongs to one image; its columns are dealt out from left to right.
+    columns = torch.rand(count, 2 * TRIES + 16, generator=generator).split_with_sizes(
+        [TRIES, TRIES, 2, 1, 3, 1, 4, 1, 1, 1, 1, 1], dim=1
+    )
+    area, ratio, place, flip, factors, hue, order, jitter, gray, blur, sigma, solarize = columns
+    *strengths, turn = view.jitter
+    most = torch.tensor(strengths)
+    low, high = (1 - most).clamp(min=0), 1 + most
+    least_sigma, most_sigma = (sigma * view.size / PUBLISHED_SIZE for sigma in view.blur_sigma)
+    return Parameters(
+        box=_boxes(view, aspect, area, ratio, place),
+        flip=flip[:, 0] < view.flip,
+        factors=low + (high - low) * factors,
+        hue=(2 * hue[:, 0] - 1) * turn,
+        order=order.argsort(dim=1, stable=True),
+        jitter=jitter[:, 0] < view.jitter_probability,
+        gray=gray[:, 0] < view.grayscale,
+        sigma=torch.where(
+            blur[:, 0] < view.blur,
+            least_sigma + (most_sigma - least_sigma) * sigma[:, 0],
+            0.0,
+        ),
+        solarize=solarize[:, 0] < view.solarize,
+    )
+
+
+def _boxes(view: View, aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor) -> Tensor:
+    """[B, 4] of shares: torchvision's RandomResizedCrop, for the whole batch and without rounding to pixels.
+
+    The original is `aspect` wide and 1 high. Of ten crops the first that fits is taken, else the largest
+    central one whose ratio is allowed.
+    """
+    narrowest, widest = view.ratio
+    least, most = view.scale
+    across = aspect.float()
+    areas = across[:, None] * (least + (most - least) * area)
+    log_ratio = math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * ratio
+    widths = (areas * log_ratio.exp()).sqrt()
+    heights = (areas / log_ratio.exp()).sqrt()
+    fits = (widths <= across[:, None]) & (heights <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # argmax gives the first of equals
+    central = ~fits.any(dim=1)
+    width = torch.where(central, across.clamp(max=widest), widths.gather(1, first)[:, 0])
+    height = torch.where(central, (across / narrowest).clamp(max=1), heights.gather(1, first)[:, 0])
+    left, top = torch.where(central[:, None], 0.5, place).unbind(1)
+    return torch.stack(
+        ((across - width) * left / across, (1 - height) * top, width / across, height), dim=1
+    ).clamp_(0, 1)

@@ -1,0 +1,17 @@
+"""Encoders to be trained: images in, one feature vector and a map of patch features out.
+
+    base.py                the contract every encoder keeps
+    convolutional.py       torchvision's ResNets with a stem that suits the image's size; timm's others
+    vision_transformer.py  timm's vision transformers: class token, mask token, attention, fixed positions
+    starting.py            weights to start from: a run, a file, the starter, the library's own
+    loading.py             those weights into an encoder, strictly
+    building.py            name and image size → encoder
+
+torchvision and timm are imported when a network of theirs is built, not before.
+"""
+
+from training.backbones.base import Backbone
+from training.backbones.building import build, default_backbone, describe, known
+from training.backbones.convolutional import Stem, stem_for
+
+__all__ = ["Backbone", "Stem", "build", "default_backbone", "describe", "known", "stem_for"]

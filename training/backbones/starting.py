@@ -1,0 +1,210 @@
+"""Weights to start from: where they lie, and which network they are for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedserve.errors import BadRequest, InvalidField, NotFound
+from training import torchvision_ops
+from training.backbones.convolutional import Stem
+
+__all__ = ["IMAGENET", "STARTER", "Weights", "create_pretrained", "read", "read_torchvision", "timm_tag"]
+
+IMAGENET, STARTER = "imagenet", "starter"
+STARTER_NETWORK = "tf_efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, flat: those of nested dictionaries have both names, joined by a dot."""
+
+    tensors: Mapping[str, Tensor]
+    origin: str
+    """Where they are from, for people."""
+    network: str = ""
+    """The name of the network they are for, where that is known."""
+    stem: Stem | None = None
+    prefix: str | None = None
+    """What comes before the network's own names, where that is known."""
+
+    def network_for(self, name: str) -> str:
+        """The network to build when `name`, or nothing, was asked for.
+
+        Raises:
+            InvalidField: The weights are for another network, or none was named and they do not say.
+        """
+        if not (name or self.network):
+            raise InvalidField(
+                f"{self.origin} does not say which network it is for; name one, such as 'resnet18'.",
+                param="backbone",
+            )
+        if name and self.network and name.removeprefix("timm:") != self.network.removeprefix("timm:"):
+            raise InvalidField(
+                f"{self.origin} holds the weights of '{self.network}', not of '{name}'; choose the backbone "
+                f"'{self.network}', or other weights.",
+                param="start",
+            )
+        return name or self.network
+
+
+def read(start: str) -> Weights:
+    """The weights that `start` means: "starter", a run's folder, a checkpoint or a file of weights.
+
+    Raises:
+        NotFound: It is no path that exists.
+        InvalidField: A folder without weights, or a bundle other than the starter.
+        BadRequest: A file that does not hold tensors, or that holds other things as well.
+        BundleError: The starter's weights are not installed.
+    """
+    if start == STARTER:
+        return _starter()
+    path = Path(start).expanduser()
+    if path.is_dir():
+        if (path / "encoder.json").is_file():
+            return _bundle(path)
+        path = _checkpoint_of(path)
+    elif not path.exists():
+        raise NotFound(
+            f"Weights '{start}' not found; give 'imagenet', 'starter', the folder of a run, or a file of "
+            "weights.",
+            param="start",
+        )
+    return _file(path)
+
+
+def read_torchvision(name: str) -> Weights:
+    """torchvision's ImageNet weights, from its cache or downloaded.
+
+    Raises:
+        InvalidField: They cannot be downloaded.
+    """
+    torchvision_ops.register()
+    from torchvision import models
+
+    chosen = models.get_model_weights(name).DEFAULT
+    try:
+        tensors = chosen.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise _unavailable(name, error) from None
+    return Weights(tensors, f"torchvision's {chosen}", name, "large", "")
+
+
+def create_pretrained(name: str, library_name: str, options: dict[str, Any]) -> Any:
+    """timm's network with its published weights, from its cache or downloaded.
+
+    timm itself resamples patches and positions to the sizes that `options` ask for.
+
+    Raises:
+        InvalidField: They cannot be downloaded, do not fit, or timm has none.
+    """
+    import timm
+
+    try:
+        return timm.create_model(library_name, pretrained=True, num_classes=0, **options)
+    except Exception as error:  # noqa: BLE001 -- what the hub's client raises changes with its version
+        raise _unavailable(name, error) from None
+
+
+def timm_tag(library_name: str) -> str:
+    """timm's full name of the weights that `create_pretrained` takes, such as "resnet18.a1_in1k"."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(library_name, allow_unregistered=True)
+    architecture = library_name.partition(".")[0]
+    return f"{architecture}.{cfg.tag}" if cfg is not None and cfg.tag else architecture
+
+
+def _unavailable(name: str, error: Exception) -> InvalidField:
+    """The error for published weights that cannot be had."""
+    return InvalidField(
+        f"The library's weights of '{name}' could not be loaded ({error}). Connect to the network, or start "
+        "from a file of weights, or from 'starter', which needs no network.",
+        param="start",
+    )
+
+
+def _starter() -> Weights:
+    from training.starter import sources
+
+    tensors = sources.classifier().state_dict()
+    return Weights(tensors, "the starter's image tower (ImageNet)", STARTER_NETWORK, None, "")
+
+
+def _bundle(folder: Path) -> Weights:
+    try:
+        name = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = ""
+    if name == STARTER:
+        return _starter()
+    raise InvalidField(
+        f"'{folder}' is an encoder bundle: its network is an ONNX graph, which cannot be trained further. "
+        "Start from the folder of the run that it was exported from.",
+        param="start",
+    )
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    for name in ("best.pt", "last.pt"):
+        path = folder / "checkpoints" / name
+        if path.is_file():
+            return path
+    raise InvalidField(
+        f"'{folder}' holds neither checkpoints/best.pt nor checkpoints/last.pt; give the folder of a run "
+        "that has written a checkpoint, or a file of weights.",
+        param="start",
+    )
+
+
+def _file(path: Path) -> Weights:
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            # Published checkpoints, such as DINO's, hold their command line; a Namespace is plain values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds a Python object ({found[1]}), which could run code" if found else "holds no weights"
+        raise BadRequest(
+            f"'{path}' {what}; give a file with tensors alone, as torch.save(model.state_dict()) writes it.",
+            param="start",
+        ) from None
+    except Exception as error:  # noqa: BLE001 -- torch and safetensors raise what they like at a damaged file
+        raise BadRequest(
+            f"'{path}' cannot be read as weights ({error}); is it complete?", param="start"
+        ) from None
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in _flat(content)}  # torch.compile's
+    if not tensors:
+        raise BadRequest(
+            f"'{path}' holds no tensors; give a state dict saved with torch.save.", param="start"
+        )
+    origin = f"'{path}'"
+    if not (isinstance(content, dict) and {"encoder_prefix", "model"} <= content.keys()):
+        return Weights(tensors, origin)
+    described = content.get("backbone", {})
+    prefix = f"model.{content['encoder_prefix']}network."
+    return Weights(tensors, origin, described.get("name", ""), described.get("stem"), prefix)
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested dictionaries; other values are passed over."""
+    if isinstance(content, Tensor):
+        yield prefix.removesuffix("."), content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from _flat(value, f"{prefix}{key}.")

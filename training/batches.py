@@ -1,0 +1,122 @@
+"""From the order of an epoch to what a rank's networks see: rows → pixels → views."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.augment import IMAGENET_MEAN, IMAGENET_STD, Parameters, augment, draw
+from training.data import EpochOrder, Partners, Pixels
+from training.distributed import rank, world_size
+from training.seeding import generator
+from training.views import View
+
+__all__ = ["Batches", "Part"]
+
+VIEWS = 1
+"""Sets the views' random numbers apart from others of the same seed and step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one call of `Method.loss` sees: the views of this rank's images, and the images' ids."""
+
+    views: list[Tensor]
+    ids: Tensor
+    last: bool
+    """Whether the step's batch is complete with this part."""
+
+
+class Batches:
+    """The batches of a run from any step on; nothing of it needs to be saved.
+
+    Order, partners and views are drawn for the joined batch of all ranks from (seed, step), and each rank
+    takes its share: several ranks see exactly what one would.
+
+    Args:
+        pixels: All images.
+        rows: int64 [images], those to train on.
+        views: What the method wants to see.
+        batch_size: Images of a step, over all ranks and parts.
+        parts: Parts that a step's batch is cut into.
+        seed: The run's.
+        groups: Whether partners are drawn from groups.
+    """
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        rows: NDArray[np.int64],
+        views: Sequence[View],
+        *,
+        batch_size: int,
+        parts: int,
+        seed: int,
+        groups: bool,
+    ) -> None:
+        self.pixels, self.rows, self.views = pixels, rows, views
+        self.batch_size, self.parts, self.seed = batch_size, parts, seed
+        self.order = EpochOrder(len(rows), batch_size, seed)
+        group = pixels.source.groups
+        self._groups = group[rows] if groups and group is not None else None
+        self._partners = Partners(self._groups, seed)
+        self._share = batch_size // parts // world_size()
+
+    def from_step(self, step: int, steps: int) -> Generator[Part, None, None]:
+        """The parts of every step from `step` to the last; close it when leaving early."""
+        pixels = self.pixels.prefetch(self._wanted(step, steps))
+        try:
+            while step < steps:
+                chosen, partners = self._choose(step)
+                parameters = self._draw(step, chosen, partners)
+                for part in range(self.parts):
+                    mine = self._mine(part)
+                    yield self._part(next(pixels), chosen[mine], [one.rows(mine) for one in parameters], part)
+                step += 1
+        finally:
+            close = getattr(pixels, "close", None)
+            if close is not None:
+                close()
+
+    def _choose(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions in `rows`, for the joined batch: the images, and their partners."""
+        chosen = self.order.rows(step)
+        return chosen, self._partners.rows(chosen, step) if self._groups is not None else chosen
+
+    def _mine(self, part: int) -> slice:
+        start = (part * world_size() + rank()) * self._share
+        return slice(start, start + self._share)
+
+    def _wanted(self, step: int, steps: int) -> Iterator[NDArray[np.int64]]:
+        for at in range(step, steps):
+            chosen, partners = self._choose(at)
+            for part in range(self.parts):
+                mine = self._mine(part)
+                both = [chosen[mine]] if self._groups is None else [chosen[mine], partners[mine]]
+                yield self.rows[np.concatenate(both)]
+
+    def _draw(self, step: int, chosen: NDArray[np.int64], partners: NDArray[np.int64]) -> list[Parameters]:
+        source = generator(self.seed, VIEWS, step)
+        aspect = torch.from_numpy(self.pixels.aspect[self.rows])
+        of = {"image": aspect[chosen], "partner": aspect[partners]}
+        return [draw(view, of[view.of], source) for view in self.views]
+
+    def _part(
+        self, pixels: Tensor, chosen: NDArray[np.int64], parameters: Sequence[Parameters], part: int
+    ) -> Part:
+        of = {"image": pixels[: self._share], "partner": pixels[-self._share :]}
+        views = [
+            augment(of[view.of], view, one, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+            for view, one in zip(self.views, parameters, strict=True)
+        ]
+        ids = chosen if self._groups is None else self._groups[chosen]
+        return Part(
+            views,
+            torch.from_numpy(ids).to(pixels.device, non_blocking=True),
+            last=part == self.parts - 1,
+        )

@@ -1,0 +1,226 @@
+"""A data set as its images: a key, a label and a group for each, and its pixels on demand.
+
+    source = open_source("photos/", group_by="name")
+    image = source.read(0)
+
+Whatever its form on disk, a data set is listed once, here; `training.data.pixels` decodes it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from embedserve.config import Limits
+from embedserve.decode import FORMATS, decode
+from embedserve.errors import BadRequest, EmbedServeError, NotFound
+from training.data.folder import list_folder
+from training.data.listing import Fetch, Listing, Skipped, shown
+
+__all__ = ["LIMITS", "Source", "open_source"]
+
+LIMITS = Limits(max_image_bytes=2**30, max_pixels=300_000_000)
+"""One's own images may be larger than what a server takes from strangers."""
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """N images, listed but not decoded."""
+
+    name: str
+    """For people: the path as it was given."""
+    location: str
+    """The same, absolute."""
+    keys: tuple[str, ...]
+    """One stable name per image."""
+    labels: NDArray[np.int64]
+    """[N], -1 where there is none."""
+    class_names: tuple[str, ...] = ()
+    """() without labels."""
+    groups: NDArray[np.int64] | None = None
+    """[N]; images with the same number belong together. None without groups."""
+    test: NDArray[np.bool_]
+    """[N]; True for images that the data set itself keeps for testing."""
+    stamps: NDArray[np.int64]
+    """[N, 2]: bytes of the image's file, and when it was modified in nanoseconds."""
+    fetch: Fetch
+    skipped: tuple[Skipped, ...] = ()
+    """What was found but cannot be used."""
+    ignored: int = 0
+    """Files that are no images."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what a run sees: keys, sizes of files, labels, groups, tests.
+
+        Neither place nor times are in it: a copy of the data is the same data.
+        """
+        digest = hashlib.sha256("\0".join((*self.keys, "", *self.class_names)).encode())
+        for part in (self.stamps[:, 0], self.labels, self.groups, self.test):
+            digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 of what the pixels are made from: place, keys, sizes and times. Labels do not change it."""
+        digest = hashlib.sha256("\0".join((self.location, *self.keys)).encode())
+        digest.update(np.ascontiguousarray(self.stamps).tobytes())
+        return digest.hexdigest()
+
+    def select(self, rows: Rows) -> Source:
+        """The images of `rows` (int64 or bool [M]), in that order. Labels and groups keep their numbers."""
+        rows = np.arange(len(self))[rows]
+        return replace(
+            self,
+            keys=tuple(self.keys[row] for row in rows),
+            labels=self.labels[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            test=self.test[rows],
+            stamps=self.stamps[rows],
+            fetch=_Chosen(self.fetch, rows),
+        )
+
+    def read(self, row: int, *, shrink_to: int | None = None) -> Image.Image:
+        """One image: RGB and upright, decoded as the server does, transparency on white.
+
+        Args:
+            shrink_to: Pixels. A large JPEG may come smaller, as long as its shorter side keeps this many.
+
+        Raises BadRequest, NotFound, UnsupportedMedia or TooLarge for an image that cannot be read.
+        """
+        with self._named(row):
+            return to_image(self.fetch(row), shrink_to)
+
+    @contextlib.contextmanager
+    def _named(self, row: int) -> Iterator[None]:
+        """Names the image in whatever goes wrong with it."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise NotFound(
+                f"'{self.keys[row]}' of '{self.name}' is gone; it was there when listed."
+            ) from None
+        except OSError as error:
+            raise BadRequest(
+                f"'{self.keys[row]}' of '{self.name}' cannot be read: {error.strerror or error}."
+            ) from None
+        except EmbedServeError as error:
+            raise type(error)(f"'{self.keys[row]}' of '{self.name}': {error}") from None
+
+    def size_of(self, row: int) -> tuple[int, int]:
+        """Width and height in pixels of the upright image, from its header. Raises as `read`."""
+        with self._named(row):
+            return upright_size(self.fetch(row))
+
+    def remarks(self) -> list[str]:
+        """Sentences about what people may want to know before they train on this."""
+        said = []
+        if self.skipped:
+            reasons = shown(f"{one.key}: {one.reason}" for one in self.skipped[:3])
+            said.append(f"{len(self.skipped):,} images cannot be used: {reasons}.")
+        if self.ignored:
+            said.append(f"{self.ignored:,} files are no images and were passed over.")
+        if self.class_names:
+            images = np.bincount(self.labels[self.labels >= 0], minlength=len(self.class_names))
+            alone = [name for name, count in zip(self.class_names, images, strict=True) if count == 1]
+            if alone:
+                said.append(f"{len(alone):,} classes have a single image: {shown(alone)}.")
+        if self.groups is not None and len(np.unique(self.groups)) == len(self):
+            said.append("Every group has a single image, so no image has a partner.")
+        return said
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Fetches some rows of another source."""
+
+    fetch: Fetch
+    rows: Rows
+
+    def __call__(self, row: int) -> bytes | NDArray[np.uint8]:
+        return self.fetch(int(self.rows[row]))
+
+
+# ------------------------------------------------------------------------------------------ one image
+
+
+def to_image(data: bytes | NDArray[np.uint8], shrink_to: int | None = None) -> Image.Image:
+    """What `Fetch` gives → RGB and upright. Raises as `embedserve.decode.decode`."""
+    if isinstance(data, bytes):
+        return decode(data, LIMITS, shrink_to=shrink_to)
+    return Image.fromarray(data).convert("RGB")
+
+
+def upright_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
+    """Width and height of what `Fetch` gives, after turning it upright, from the header alone."""
+    if not isinstance(data, bytes):
+        return data.shape[1], data.shape[0]
+    for matches, reader in FORMATS.values():
+        if matches(data):
+            try:
+                with reader(io.BytesIO(data)) as image:
+                    width, height = image.size
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in {5, 6, 7, 8}
+            except Exception as error:
+                raise BadRequest(f"The image's header is damaged ({error}).") from error
+            return (height, width) if turned else (width, height)
+    return decode(data, LIMITS).size  # says what the file is instead
+
+
+# --------------------------------------------------------------------------------------- what there is
+
+OPENERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Listing]]] = {
+    "folder of images": (Path.is_dir, list_folder),
+}
+"""Form → whether a path is of it, and what lists its images. The first that matches is taken."""
+
+
+def open_source(path: Path | str, *, group_by: str = "", label_by: str = "") -> Source:
+    """Lists a data set.
+
+    Args:
+        path: What `OPENERS` knows.
+        group_by: What makes images belong together (positives of each other): "folder", "name", a column.
+        label_by: What to take labels from where it is not the usual: the same words.
+
+    Raises NotFound (no such path), BadRequest (unreadable, empty, malformed), InvalidField (unknown column).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NotFound(f"There is no '{path}'; check its name.")
+    for matches, list_images in OPENERS.values():
+        if matches(path):
+            return _source(path, list_images(path), group_by, label_by)
+    raise BadRequest(f"'{path}' is none of: {', '.join(OPENERS)}.")
+
+
+def _source(path: Path, listing: Listing, group_by: str, label_by: str) -> Source:
+    labels, class_names = listing.labels(label_by)
+    test = np.zeros(len(listing.keys), bool) if listing.test is None else listing.test
+    return Source(
+        name=str(path),
+        location=str(path.absolute()),
+        keys=tuple(listing.keys),
+        labels=labels,
+        class_names=class_names,
+        groups=listing.groups(group_by),
+        test=test,
+        stamps=listing.stamps,
+        fetch=listing.fetch,
+        skipped=tuple(listing.skipped),
+        ignored=listing.ignored,
+    )

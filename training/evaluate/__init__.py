@@ -1,0 +1,95 @@
+"""What an encoder is worth, measured: one file for each evaluation.
+
+    encoder = open_encoder("runs/mine")                        # or a bundle
+    evaluation = find("knn")
+    result = evaluation.run(encoder, open_source("photos/"), evaluation.Settings(), Path("runs/mine/eval"))
+    print(result.summary())
+
+An evaluation is a function from an encoder, a source and its settings to a result, a dataclass of figures
+that draws its own picture. `Evaluation.run` times it and writes `<name>.json` and `<name>.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from embedserve.errors import NotFound, closest
+from training.data import Source
+from training.evaluate.encoder import EvaluationEncoder, open_encoder
+from training.evaluate.knn import KnnSettings, evaluate_knn
+from training.evaluate.report import (
+    Progress,
+    Result,
+    figures,
+    folder_for,
+    silent,
+    write_json,
+    write_picture,
+)
+
+__all__ = ["EVALUATIONS", "Evaluation", "EvaluationEncoder", "Result", "find", "open_encoder"]
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation(Generic[S]):
+    """One way to measure an encoder."""
+
+    name: str
+    summary: str
+    """One line for `embedserve eval --list`."""
+    Settings: type[S]
+    """A frozen dataclass; each field is a key of `--set`."""
+    measure: Callable[[EvaluationEncoder, Source, S, Progress], Result]
+
+    def run(
+        self, encoder: EvaluationEncoder, source: Source, settings: S, out: Path, progress: Progress = silent
+    ) -> Result:
+        """Measures, and writes `<out>/<name>.json` and `<out>/<name>.png`.
+
+        Args:
+            encoder: From `open_encoder`.
+            source: From `training.data.open_source`.
+            settings: An instance of `Settings`.
+            out: A folder; made where it is missing.
+            progress: Called with how much is done, and of how much; some evaluations have several passes.
+
+        Raises:
+            InvalidField: The data or the encoder lacks what is needed, or a setting makes no sense.
+            EmbedServeError: The results cannot be written.
+        """
+        folder_for(out)  # before hours of work, not after them
+        started = time.perf_counter()
+        result = self.measure(encoder, source, settings, progress)
+        document = {
+            "evaluation": self.name,
+            "encoder": encoder.name,
+            "data": source.name,
+            "images": len(source),
+            "seconds": round(time.perf_counter() - started, 3),
+            "settings": dataclasses.asdict(settings),  # type: ignore[call-overload]
+            "result": figures(result),
+        }
+        write_json(out / f"{self.name}.json", document)
+        write_picture(out / f"{self.name}.png", result.picture())
+        return result
+
+
+EVALUATIONS: dict[str, Evaluation[Any]] = {
+    one.name: one
+    for one in (Evaluation("knn", "weighted vote of the nearest labelled images", KnnSettings, evaluate_knn),)
+}
+"""Name → evaluation."""
+
+
+def find(name: str) -> Evaluation[Any]:
+    """The evaluation of that name. Raises NotFound with the closest one."""
+    if name not in EVALUATIONS:
+        raise NotFound(f"There is no evaluation '{name}'; {closest(name, EVALUATIONS)}", param="name")
+    return EVALUATIONS[name]

@@ -1,0 +1,103 @@
+"""From the name of a run, a checkpoint or a bundle to the encoder that is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from embedserve.bundle import MANIFEST
+from embedserve.errors import InvalidField, NotFound
+from training.backbones import build
+from training.evaluate.bundle import BundleEncoder
+from training.evaluate.embedding import Embedded, EvaluationEncoder
+from training.evaluate.network import NetworkEncoder, PixelEncoder, RunEncoder
+
+__all__ = [
+    "BundleEncoder",
+    "Embedded",
+    "EvaluationEncoder",
+    "NetworkEncoder",
+    "PixelEncoder",
+    "RunEncoder",
+    "baselines",
+    "open_encoder",
+    "require_network",
+]
+
+STARTER = "starter"
+
+
+def open_encoder(path: str, *, device: torch.device | str = "auto") -> RunEncoder | BundleEncoder:
+    """The encoder of a run, a checkpoint or a bundle.
+
+    Args:
+        path: A run's folder (its best checkpoint, else its last), a checkpoint file, a bundle's folder, or
+            'starter'.
+        device: auto, cpu, cuda or cuda:0; bundles run on the CPU.
+
+    Raises:
+        NotFound: There is nothing at `path`.
+        InvalidField: It is none of these, the device is unknown, or the bundle has no image tower.
+        BundleError: The bundle is damaged.
+    """
+    if path == STARTER or (Path(path) / MANIFEST).is_file():
+        return BundleEncoder(path)
+    if not Path(path).exists():
+        raise NotFound(
+            f"There is no '{path}'. Name a run's folder, a checkpoint, a bundle's folder, or '{STARTER}'.",
+            param="path",
+        )
+    return RunEncoder(path, _device(device))
+
+
+def baselines(encoder: EvaluationEncoder) -> list[EvaluationEncoder]:
+    """What an encoder is compared with: raw pixels, and a network with random weights.
+
+    The random network is the encoder's own architecture where that is known, else a ResNet-18 at 64 pixels.
+    """
+    if isinstance(encoder, NetworkEncoder):
+        name, size, stored_size = encoder.backbone.name, encoder.size, encoder.stored_size
+        cache, workers = encoder.cache, encoder.workers
+    else:
+        name, size, stored_size, cache, workers = "resnet18", 64, 64, None, 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = build(name, size)
+    untrained = NetworkEncoder(
+        f"{name} with random weights",
+        backbone,
+        size=size,
+        stored_size=stored_size,
+        device=encoder.device,
+        holdout=encoder.holdout,
+        seed=encoder.seed,
+        cache=cache,
+        workers=workers,
+    )
+    return [PixelEncoder(untrained), untrained]
+
+
+def require_network(encoder: EvaluationEncoder, evaluation: str) -> NetworkEncoder:
+    """The encoder as a torch network. Raises InvalidField for a bundle, which cannot be looked into."""
+    if isinstance(encoder, NetworkEncoder):
+        return encoder
+    raise InvalidField(
+        f"'{encoder.name}' is a bundle, which gives finished vectors only; {evaluation} needs the network. "
+        "Name the folder of the run that the bundle was exported from.",
+        param="path",
+    )
+
+
+def _device(name: torch.device | str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidField(
+            f"device={name} is unknown; use auto, cpu, cuda or cuda:0.", param="device"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidField(f"device={name}, but torch sees no GPU; use device=cpu.", param="device")
+    return device

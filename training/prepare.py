@@ -1,0 +1,113 @@
+"""What happens before the networks are built: data → pixels → settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embedserve.errors import BadRequest, InvalidField
+from training.config import TrainConfig
+from training.data import Pixels, Residence, native_size, open_pixels, open_source, split
+from training.distributed import in_turn, world_size
+from training.settings import DataFacts, Settings, image_sizes, resolve, typed_value
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Images and settings of a run."""
+
+    pixels: Pixels
+    train: NDArray[np.int64]
+    """Rows to train on."""
+    heldout: NDArray[np.int64]
+    """Rows to measure k-NN on."""
+    settings: Settings
+    native_size: int
+    """Median of the images' shorter sides, in pixels."""
+
+    @property
+    def grouped(self) -> bool:
+        return self.settings.facts.groups
+
+    def about_data(self) -> dict[str, Any]:
+        """What config.json says of the data."""
+        return {
+            "images": len(self.train),
+            "heldout": len(self.heldout),
+            "classes": list(self.pixels.source.class_names),
+            "native_size": self.native_size,
+            "skipped": [{"key": one.key, "reason": one.reason} for one in self.pixels.skipped],
+            "fingerprint": self.pixels.fingerprint,
+        }
+
+
+def prepare(
+    method: str,
+    data: str,
+    given: Mapping[str, str],
+    device: torch.device,
+    *,
+    progress: Callable[[int, int], None],
+) -> Prepared:
+    """Opens the data, decodes it (or finds it decoded), and resolves every setting.
+
+    Raises what `open_source`, `open_pixels` and `resolve` raise, and:
+        BadRequest: All images are the same.
+        InvalidField: The batch cannot be shared among the ranks.
+    """
+
+    def wanted(key: str, default: Any) -> Any:  # needed before the settings can be resolved
+        return typed_value(TrainConfig, key, given[key]) if key in given else default
+
+    on_gpu = device.type == "cuda"
+    group_by = wanted("group_by", "")
+    source = open_source(data, group_by=group_by, label_by=wanted("label_by", ""))
+    native = native_size(source)
+    _, stored_size = image_sizes(given, native, on_gpu=on_gpu)
+    folder = wanted("cache_folder", "")
+    with in_turn():  # the first rank decodes, the others find its cache
+        pixels = open_pixels(
+            source,
+            stored_size,
+            device=device,
+            residence=cast("Residence", wanted("cache", "auto")),
+            folder=Path(folder) if folder else None,
+            workers=wanted("workers", 0),
+            progress=progress,
+        )
+    if pixels.distinct() < 2:
+        raise BadRequest(
+            f"All {len(pixels)} images of '{data}' are the same; there is nothing to tell apart.",
+            param="data",
+        )
+    train, heldout = split(pixels.source, holdout=wanted("holdout", 0.1), seed=wanted("seed", 0))
+    known = DataFacts(
+        images=len(train), native_size=native, on_gpu=on_gpu, groups=bool(group_by), heldout=len(heldout)
+    )
+    settings = resolve(method, data, given, known)
+    _check_ranks(settings.config)
+    return Prepared(pixels, train, heldout, settings, native)
+
+
+def _check_ranks(config: TrainConfig) -> None:
+    shares = world_size() * config.accumulate
+    if config.batch_size % shares:
+        raise InvalidField(
+            f"batch_size={config.batch_size} cannot be shared by {world_size()} processes in "
+            f"accumulate={config.accumulate} parts; use a multiple of {shares}.",
+            param="batch_size",
+        )
+    if config.batch_size // shares < 2:
+        raise InvalidField(
+            f"batch_size={config.batch_size} leaves one image or none for a process at a time; "
+            f"batch norm needs 2, so use at least {2 * shares}.",
+            param="batch_size",
+        )
