@@ -12,8 +12,8 @@ from training.precision import full_precision
 __all__ = ["koleo_loss"]
 
 CLOSEST = 1e-6
-"""Distances below this count as this: rows of unit length are no more exact in float32, and two equal rows have
-no direction in which they could part."""
+"""Shorter distances count as this: rows of unit length are no more exact in float32, and equal rows have no
+direction in which they could part."""
 
 
 @full_precision

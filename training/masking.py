@@ -23,9 +23,10 @@ def block_masks(
 ) -> Tensor:
     """Draws blockwise masks (Bao et al. 2022, algorithm 1, as in iBOT and DINOv2), for all images at once.
 
-    How many patches of an image are hidden is drawn first, evenly within `share`. Rectangles follow, each of an
-    area of up to what is still wanted. Where the paper goes on until a rectangle fits, here each image has a
-    fixed number of tries, and the few patches still wanted then grow onto the rectangles: the number is exact.
+    How many patches of an image are hidden is drawn first, evenly within `share`. Rectangles follow, each of
+    an area of up to what is still wanted. Where the paper goes on until a rectangle fits, here each image has
+    a fixed number of tries, and the few patches still wanted then grow onto the rectangles: the number is met
+    exactly.
 
     Args:
         images: B.

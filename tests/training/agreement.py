@@ -15,7 +15,7 @@ from training.batch_norm import synchronize_batch_norms
 from training.distributed import rank, world_size
 from training.method import Batch, Method
 
-__all__ = ["assert_same_gradients", "assert_two_ranks_train_as_one", "doubled", "gradients", "train_tiny"]
+__all__ = ["assert_same_gradients", "assert_two_ranks_train_as_one", "doubled"]
 
 
 def doubled(batch: Batch) -> Batch:
@@ -23,7 +23,7 @@ def doubled(batch: Batch) -> Batch:
     return replace(batch, views=[view.double() for view in batch.views])
 
 
-def gradients(method: Method[Any], loss: Tensor) -> dict[str, Tensor]:
+def _gradients(method: Method[Any], loss: Tensor) -> dict[str, Tensor]:
     """The gradient of each parameter that has one."""
     method.zero_grad(set_to_none=True)
     loss.backward()
@@ -35,14 +35,16 @@ def gradients(method: Method[Any], loss: Tensor) -> dict[str, Tensor]:
 def assert_same_gradients(method: Method[Any], loss: Tensor, expected: Tensor) -> None:
     """Both losses have one value and one gradient for every parameter that learns."""
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-10)
-    found, wanted = gradients(method, loss), gradients(method, expected)
+    found, wanted = _gradients(method, loss), _gradients(method, expected)
     assert found.keys() == wanted.keys()
     assert any(one.abs().max() > 1e-6 for one in wanted.values())
     for name, one in wanted.items():
-        torch.testing.assert_close(found[name], one, rtol=1e-6, atol=1e-9, msg=lambda text, of=name: f"{of}: {text}")
+        torch.testing.assert_close(
+            found[name], one, rtol=1e-6, atol=1e-9, msg=lambda text, of=name: f"{of}: {text}"
+        )
 
 
-def train_tiny(name: str, options: dict[str, Any], steps: int) -> tuple[list[float], dict[str, Tensor]]:
+def _train(name: str, options: dict[str, Any], steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """Some steps in float64 on noise, as the loop does them; on several ranks each takes its share of the batch.
 
     Returns:
@@ -52,7 +54,6 @@ def train_tiny(name: str, options: dict[str, Any], steps: int) -> tuple[list[flo
     if world_size() > 1:
         synchronize_batch_norms(method, torch.device("cpu"))
     learning = [one for one in method.parameters() if one.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=0.05)
     losses = []
     for step in range(steps):
         batch = doubled(batch_for(method, seed=step, step=step))
@@ -67,18 +68,24 @@ def train_tiny(name: str, options: dict[str, Any], steps: int) -> tuple[list[flo
                 tensor /= world_size()
         losses.append(float(mean))
         method.before_step(batch.now)
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for one in learning:
+                if one.grad is not None:
+                    one -= 0.05 * one.grad
+        method.zero_grad()
         method.after_step(batch.now, batch.values)
     return losses, method.state_dict()
 
 
 def assert_two_ranks_train_as_one(name: str, steps: int = 3, **options: Any) -> None:
     """Losses, parameters, moving averages, queues and batch norms agree after some steps."""
-    shares = on_ranks(train_tiny, name, options, steps)
-    losses, state = train_tiny(name, options, steps)
+    shares = on_ranks(_train, name, options, steps)
+    losses, state = _train(name, options, steps)
     for rank_losses, rank_state in shares:
-        assert torch.allclose(torch.tensor(rank_losses), torch.tensor(losses), rtol=1e-6), (rank_losses, losses)
+        assert torch.allclose(torch.tensor(rank_losses), torch.tensor(losses), rtol=1e-6), (
+            rank_losses,
+            losses,
+        )
         assert rank_state.keys() == state.keys()
         for key, one in state.items():
             torch.testing.assert_close(

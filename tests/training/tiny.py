@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,10 +50,17 @@ def tiny_method(name: str, *, facts: Facts = FACTS, seed: int = 0, **options: An
     """The method on a tiny backbone, with small heads; `options` override its own."""
     kind = find(name)
     torch.manual_seed(seed)
-    backbone = build("test_vit", 32, **kind.backbone_options) if kind.backbone_kind == "vit" else TinyConv()
+    backbone = _tiny_vit(facts.size, kind.backbone_options) if kind.backbone_kind == "vit" else TinyConv()
     suited = kind.Options.suited_to(facts)
     small = {key: min(getattr(suited, key), 32) for key in dir(suited) if key.endswith("_dim")}
     return kind(backbone, type(suited)(**{**_as_dict(suited), **small, **options}), facts)
+
+
+def _tiny_vit(size: int, options: Mapping[str, bool]) -> Backbone:
+    """Two blocks, 64 wide, over patches of 4 pixels."""
+    backbone = build("test_vit/4", size, **options)
+    backbone.network.blocks = backbone.network.blocks[:2]
+    return backbone
 
 
 def _as_dict(options: Any) -> dict[str, Any]:

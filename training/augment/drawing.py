@@ -70,28 +70,25 @@ def draw(view: View, aspect: Tensor, generator: torch.Generator) -> Parameters:
     """
     count = len(aspect)
     # A row belongs to one image; its columns are dealt out from left to right.
-    columns = torch.rand(count, 2 * TRIES + 16, generator=generator).split_with_sizes(
-        [TRIES, TRIES, 2, 1, 3, 1, 4, 1, 1, 1, 1, 1], dim=1
-    )
-    area, ratio, place, flip, factors, hue, order, jitter, gray, blur, sigma, solarize = columns
+    area, ratio, place, factors, order, single = torch.rand(
+        count, 2 * TRIES + 16, generator=generator
+    ).split_with_sizes([TRIES, TRIES, 2, 3, 4, 7], dim=1)
+    flip, hue, jitter, gray, blur, sigma, solarize = single.unbind(1)
     *strengths, turn = view.jitter
-    most = torch.tensor(strengths)
-    low, high = (1 - most).clamp(min=0), 1 + most
-    least_sigma, most_sigma = (sigma * view.size / PUBLISHED_SIZE for sigma in view.blur_sigma)
+    strength = torch.tensor(strengths)
+    low, high = (1 - strength).clamp(min=0), 1 + strength
+    least, most = view.blur_sigma
+    deviation = (least + (most - least) * sigma) * view.size / PUBLISHED_SIZE
     return Parameters(
-        box=_boxes(view, aspect, area, ratio, place),
-        flip=flip[:, 0] < view.flip,
+        box=_boxes(view, aspect.float(), area, ratio, place),
+        flip=flip < view.flip,
         factors=low + (high - low) * factors,
-        hue=(2 * hue[:, 0] - 1) * turn,
+        hue=(2 * hue - 1) * turn,
         order=order.argsort(dim=1, stable=True),
-        jitter=jitter[:, 0] < view.jitter_probability,
-        gray=gray[:, 0] < view.grayscale,
-        sigma=torch.where(
-            blur[:, 0] < view.blur,
-            least_sigma + (most_sigma - least_sigma) * sigma[:, 0],
-            0.0,
-        ),
-        solarize=solarize[:, 0] < view.solarize,
+        jitter=jitter < view.jitter_probability,
+        gray=gray < view.grayscale,
+        sigma=torch.where(blur < view.blur, deviation, 0.0),
+        solarize=solarize < view.solarize,
     )
 
 
@@ -103,17 +100,14 @@ def _boxes(view: View, aspect: Tensor, area: Tensor, ratio: Tensor, place: Tenso
     """
     narrowest, widest = view.ratio
     least, most = view.scale
-    across = aspect.float()
-    areas = across[:, None] * (least + (most - least) * area)
-    log_ratio = math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * ratio
-    widths = (areas * log_ratio.exp()).sqrt()
-    heights = (areas / log_ratio.exp()).sqrt()
-    fits = (widths <= across[:, None]) & (heights <= 1)
+    areas = aspect[:, None] * (least + (most - least) * area)
+    ratios = (math.log(narrowest) + (math.log(widest) - math.log(narrowest)) * ratio).exp()
+    widths, heights = (areas * ratios).sqrt(), (areas / ratios).sqrt()
+    fits = (widths <= aspect[:, None]) & (heights <= 1)
     first = fits.int().argmax(dim=1, keepdim=True)  # argmax gives the first of equals
     central = ~fits.any(dim=1)
-    width = torch.where(central, across.clamp(max=widest), widths.gather(1, first)[:, 0])
-    height = torch.where(central, (across / narrowest).clamp(max=1), heights.gather(1, first)[:, 0])
-    left, top = torch.where(central[:, None], 0.5, place).unbind(1)
-    return torch.stack(
-        ((across - width) * left / across, (1 - height) * top, width / across, height), dim=1
-    ).clamp_(0, 1)
+    width = torch.where(central, aspect.clamp(max=widest), widths.gather(1, first)[:, 0])
+    height = torch.where(central, (aspect / narrowest).clamp(max=1), heights.gather(1, first)[:, 0])
+    across, down = torch.where(central[:, None], 0.5, place).unbind(1)
+    width = width / aspect
+    return torch.stack(((1 - width) * across, (1 - height) * down, width, height), dim=1).clamp_(0, 1)

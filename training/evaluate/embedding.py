@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedserve.errors import BadRequest
+from embedserve.errors import BadRequest, InvalidField
 from training.data import Skipped, Source
 from training.evaluate.report import Progress, silent
 
-__all__ = ["READERS", "Embedded", "EvaluationEncoder", "without_failed"]
+__all__ = ["READERS", "Embedded", "EvaluationEncoder", "finite", "without_failed"]
 
 READERS = 4
 """Threads that decode images which are not cached."""
@@ -66,7 +66,20 @@ def without_failed(source: Source, vectors: Sequence[Tensor], failed: Mapping[in
         first = next(iter(failed.items()), None)
         why = f"'{source.keys[first[0]]}': {first[1]}" if first else "it has no image."
         raise BadRequest(f"No image of '{source.name}' can be read; the first problem is {why}")
+    joined = finite(torch.cat(list(vectors)), source)
     skipped = tuple(Skipped(source.keys[row], reason) for row, reason in failed.items())
     if failed:
         source = source.select(np.delete(np.arange(len(source)), list(failed)))
-    return Embedded(torch.cat(list(vectors)), source, (*source.skipped, *skipped))
+    return Embedded(joined, source, (*source.skipped, *skipped))
+
+
+def finite(vectors: Tensor, source: Source) -> Tensor:
+    """The vectors. Raises InvalidField where one is NaN or infinite: no comparison with it means anything."""
+    bad = int((~vectors.isfinite().all(1)).sum())
+    if bad:
+        raise InvalidField(
+            f"The encoder gives NaN or infinite features for {bad:,} of {len(vectors):,} images of "
+            f"'{source.name}'. Its training diverged: evaluate an earlier checkpoint, or train with less lr.",
+            param="path",
+        )
+    return vectors

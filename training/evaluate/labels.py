@@ -65,8 +65,8 @@ def labelled_rows(
     if not source.class_names or not (source.labels >= 0).any():
         raise InvalidField(
             f"{evaluation} needs labels, and '{source.name}' has none. Put the images into one folder "
-            "for each class, or give a list with a label column (label_by=NAME). Without labels: near_duplicates and "
-            "attention, and retrieval over groups (group_by).",
+            "for each class, or give a list with a label column (label_by=NAME). Without labels there are "
+            "near_duplicates and attention, and retrieval over groups (group_by).",
             param="data",
         )
     share = holdout or (HOLDOUT if encoder.holdout is None else encoder.holdout)

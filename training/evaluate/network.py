@@ -15,7 +15,7 @@ from training.backbones import Backbone
 from training.data import Pixels, Source, open_pixels
 from training.data.ahead import in_order
 from training.data.squares import decode_rows
-from training.evaluate.embedding import READERS, Embedded, without_failed
+from training.evaluate.embedding import READERS, Embedded, finite, without_failed
 from training.evaluate.report import Progress, silent
 
 __all__ = ["NetworkEncoder", "PixelEncoder", "RunEncoder"]
@@ -78,7 +78,7 @@ class NetworkEncoder:
             parts.append(self._forward(images))
             done += len(images)
             progress(done, len(pixels))
-        return torch.cat(parts)
+        return finite(torch.cat(parts), pixels.source)
 
     def pixels(self, source: Source, progress: Progress = silent) -> Pixels:
         """The decoded images of a source, from the cache where they are there."""

@@ -9,6 +9,8 @@ from training.method import Method
 from training.methods.barlow_twins import BarlowTwins
 from training.methods.byol import BYOL
 from training.methods.densecl import DenseCL
+from training.methods.dino import DINO
+from training.methods.dinov2 import DINOv2
 from training.methods.moco import MoCoV1, MoCoV2
 from training.methods.moco_v3 import MoCoV3
 from training.methods.nnclr import NNCLR
@@ -24,6 +26,8 @@ METHODS: dict[str, type[Method[Any]]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
     "densecl": DenseCL,
+    "dino": DINO,
+    "dinov2": DINOv2,
     "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,

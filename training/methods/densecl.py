@@ -124,7 +124,7 @@ class DenseCL(Method[DenseCLOptions]):
 
 @full_precision
 def corresponding(patches: Tensor, key_patches: Tensor, dense_keys: Tensor) -> Tensor:
-    """For each place of the query the dense key of the place that is most similar to it (eq. 2 and 3).
+    """For each place of the query the dense key of the place that is most similar to it (eq. 3).
 
     Similar is what the backbones find similar, the query's and the momentum encoder's, before their dense
     heads: those learn from the very matches that would be made with them.

@@ -1,4 +1,4 @@
-"""DINOv2: DINO on whole crops, the same on hidden patches (iBOT), and features that are kept apart (KoLeo)."""
+"""DINOv2: DINO on whole crops, the same on hidden patches (iBOT), and features kept apart (KoLeo)."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class DINOv2(Method[DINOv2Options]):
         super().__init__(backbone, options, facts)
         if backbone.kind != "vit":
             raise InvalidField(
-                f"dinov2 hides patches, and '{backbone.name}' has none; set backbone to a vision transformer, such "
-                "as vit_small/16, or train dino.",
+                f"dinov2 hides patches, and '{backbone.name}' has none; set backbone to a vision transformer "
+                "such as vit_small/16, or train dino.",
                 param="backbone",
             )
         check_local_size(backbone, options)
@@ -155,7 +155,7 @@ class DINOv2(Method[DINOv2Options]):
 
     @torch.no_grad()
     def _targets(self, crops: Tensor, hidden: Hidden, temperature: float) -> tuple[Tensor, Tensor]:
-        """The teacher's distributions: [2, B, K] for the crops, which it sees whole, and [M, K] for the patches."""
+        """The teacher's distributions: [2, B, K] for crops, which it sees whole; [M, K] for patches."""
         tokens, patches = self.teacher.features(crops)
         outputs = self.teacher_head(tokens), self.teacher_patch_head(_chosen(patches, hidden.at))
         iterations = self.options.sinkhorn_iterations
@@ -165,7 +165,7 @@ class DINOv2(Method[DINOv2Options]):
     def _hide(self, images: int, crops: Tensor, now: Now) -> Hidden:
         """Masks for this rank's share of the joined batch, the same whether or not there are other ranks.
 
-        The paper masks half of all crops, drawn freely. Here it is one of the two of each image: every crop is
+        The paper masks half of all crops, drawn freely. Here it is one of the two of each image: a crop is
         masked as often, and all ranks have the same number of masked crops.
         """
         patch: int = self.backbone.patch  # type: ignore[assignment]
@@ -180,16 +180,12 @@ class DINOv2(Method[DINOv2Options]):
         )
         second = torch.rand(everyone, 1, generator=generator(CROPS, now.step)) < 0.5
         mine = slice(rank() * images, (rank() + 1) * images)
-        masks = (
-            torch.cat([blocks & ~second, blocks & second])
-            .unflatten(0, (FULL_VIEWS, -1))[:, mine]
-            .flatten(0, 1)
-        )
+        blocks, second = blocks[mine], second[mine]
+        masks = torch.cat([blocks & ~second, blocks & second])
         counts = masks.sum(1)
-        weights = (1 / counts).repeat_interleave(counts)
-        return Hidden(
-            *(_moved(one, crops.device) for one in (masks, masks.flatten().nonzero()[:, 0], weights))
-        )
+        # The weight of a crop without hidden patches is infinite, and repeated no times.
+        at, weights = masks.flatten().nonzero()[:, 0], (1 / counts).repeat_interleave(counts)
+        return Hidden(*(_moved(one, crops.device) for one in (masks, at, weights)))
 
     def before_step(self, now: Now) -> None:
         if now.epoch < self.options.freeze_epochs:
@@ -203,7 +199,7 @@ class DINOv2(Method[DINOv2Options]):
 
 @full_precision
 def patch_loss(outputs: Tensor, targets: Tensor, weights: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy between the teacher's targets and the student's outputs of hidden patches (Zhou et al. 2022, eq. 2).
+    """Cross-entropy between targets and outputs of hidden patches (Zhou et al. 2022, eq. 2).
 
     Args:
         outputs: float [M, K], the student's cosines.

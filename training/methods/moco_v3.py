@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +63,14 @@ class MoCoV3(Method[MoCoV3Options]):
         self.momentum_projector = momentum_copy(self.projector)
 
     @classmethod
-    def backbone_arguments(cls, facts: Facts) -> Mapping[str, Any]:
+    def backbone_arguments(cls, facts: Facts) -> Mapping[str, bool]:
         """Keyword arguments for `training.backbones.build`.
 
         A vision transformer keeps its random patch embedding: trained, it is where MoCo v3 becomes unstable
-        (section 4.2).
+        (section 4.2). Its positions are fixed sines and cosines (section 5).
         """
         if facts.backbone_kind == "vit":
-            return {"freeze_patch_embedding": True, "positions": "sincos"}
+            return {"freeze_patch_embedding": True, "sincos_positions": True}
         return {}
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ class EyeEncoder:
     dim: int = 3
     holdout: float | None = None
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def embed(self, source: Source, *, progress=lambda done, total: None, cached: bool = True) -> Embedded:
         vectors = [self.function(np.asarray(source.read(row), np.float64)) for row in range(len(source))]

@@ -54,7 +54,7 @@ def test_votes_are_those_of_the_paper(k, temperature):
 
 
 def test_chunks_give_what_one_product_gives(monkeypatch):
-    bank, bank_labels, queries, labels = _random()
+    bank, bank_labels, queries, _ = _random()
     whole = knn_votes(bank, bank_labels, queries, classes=4, k=5, temperature=0.07)
     monkeypatch.setattr(knn, "CHUNK", 2 * len(bank))
     parts = knn_votes(bank, bank_labels, queries, classes=4, k=5, temperature=0.07)
