@@ -114,6 +114,7 @@ class Checkpoints:
             raise InvalidField(f"keep={keep} would keep no checkpoint; use 1 or more.", param="keep")
         self.folder = folder
         self.keep = keep
+        self._whole: dict[Path, tuple[int, int]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -129,6 +130,7 @@ class Checkpoints:
             left.unlink(missing_ok=True)
         path = self._path(step)
         save(path, state)
+        self._whole[path] = _stamp(path)
         self._name("last.pt", path)
         best = self.best_mark()
         if best is not None and best.step == step:
@@ -181,11 +183,18 @@ class Checkpoints:
             EmbedServeError: All checkpoints are damaged: nothing starts anew over them unasked.
         """
         steps = self.steps()
-        for step in reversed(steps):
-            damage = _damage(self._path(step))
+        for path in map(self._path, reversed(steps)):
+            try:
+                stamp = _stamp(path)
+            except FileNotFoundError:  # pruned this moment by the process that trains
+                continue
+            if self._whole.get(path) == stamp:  # looked at before, and not touched since
+                return path
+            damage = _damage(path)
             if damage is None:
-                return self._path(step)
-            logger.warning("The checkpoint '%s' %s; the one before it is taken.", self._path(step), damage)
+                self._whole[path] = stamp
+                return path
+            logger.warning("The checkpoint '%s' %s; the one before it is taken.", path, damage)
         if steps:
             raise EmbedServeError(
                 f"All {len(steps)} checkpoints in '{self.folder}' are damaged. Restore them from a copy, or "
@@ -247,6 +256,11 @@ class _Watched:
 def _steps(folder: Path) -> list[int]:
     names = (STEP_FILE.fullmatch(path.name) for path in folder.glob("step-*.pt"))
     return [int(name[1]) for name in names if name]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _damage(path: Path) -> str | None:

@@ -2,8 +2,8 @@
 
 The convention of all losses here: each rank computes the mean over *its own* rows, against the rows of
 *all* ranks that came through `gather`. DDP then averages the gradients over ranks, and the result is the
-gradient of the mean over the joined batch. (A gather without gradient, or a sum that forgets the other ranks' share, is
-off by the number of ranks: the peers' best-known mistake.)
+gradient of the mean over the joined batch. (A gather without gradient, or a sum that forgets the other ranks'
+share, is off by the number of ranks: the peers' best-known mistake.)
 """
 
 from __future__ import annotations

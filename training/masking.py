@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["block_masks"]
@@ -25,8 +24,7 @@ def block_masks(
 
     How many patches of an image are hidden is drawn first, evenly within `share`. Rectangles follow, each of
     an area of up to what is still wanted. Where the paper goes on until a rectangle fits, here each image has
-    a fixed number of tries, and the few patches still wanted then grow onto the rectangles: the number is met
-    exactly.
+    a fixed number of tries, and the few patches still wanted then are drawn singly: the number is exact.
 
     Args:
         images: B.
@@ -58,16 +56,6 @@ def block_masks(
         inside = inside & (columns >= start) & (columns < start + wide[:, None, None])
         fits = (inside & ~masks).sum((1, 2)) <= left
         masks |= inside & fits[:, None, None]
-    return _grow(masks, wanted, torch.rand(images, patches, generator=generator))
-
-
-def _grow(masks: Tensor, wanted: Tensor, chance: Tensor) -> Tensor:
-    """Adds single patches up to the number wanted, those with most hidden neighbours first."""
-    padded = F.pad(masks.float(), (1, 1, 1, 1))
-    neighbours = (
-        padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-    ).flatten(1)
-    # Hidden patches come first in the order, then the others; the first ones are hidden.
-    priority = 10 * masks.flatten(1).float() + neighbours + chance
-    order = priority.argsort(1, descending=True).argsort(1)
-    return order < wanted[:, None]
+    # Hidden patches come first in the order, then the others at random; the first ones are hidden.
+    priority = masks.flatten(1) + torch.rand(images, patches, generator=generator)
+    return priority.argsort(1, descending=True).argsort(1) < wanted[:, None]

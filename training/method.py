@@ -16,14 +16,17 @@ The loop (`training.train`) owns the rest once: precision, optimiser, accumulati
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from embedserve.errors import InvalidField
 from training.backbones import Backbone
 from training.momentum import update_momentum
 from training.queue import FeatureQueue
@@ -83,9 +86,31 @@ class Recipe:
     """Largest norm of all gradients together; 0 does not clip."""
 
 
+BOUNDS: tuple[tuple[str, tuple[float, float]], ...] = (
+    (r"_epochs$|_length$|_crops$|_weight$|^(beta|memory|koleo|invariance|variance|covariance)$", (0, math.inf)),
+    (r"temperature|^(epsilon|redundancy|loss_scale)$", (1e-6, math.inf)),
+    (r"momentum|_min$|_max$|_least$|_most$|_split$|_decay$", (0, 1)),
+    (r"_dim$|_size$|_layers$|_iterations$|^prototypes$", (1, math.inf)),
+)
+"""What the name of an option says of its value: the first pattern that fits counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodOptions:
-    """A method's own settings. Defaults are the paper's; `suited_to` adapts them to the data."""
+    """A method's own settings. Defaults are the paper's; `suited_to` adapts them to the data.
+
+    Raises InvalidField for numbers that make no sense, which the names say: a temperature is above 0, a
+    momentum within 0..1, a length of a head at least 1.
+    """
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            bounds = next((allowed for pattern, allowed in BOUNDS if re.search(pattern, one.name)), None)
+            if bounds is not None and not bounds[0] <= value <= bounds[1]:
+                least, most = bounds
+                allowed = f"at least {least:g}" if math.isinf(most) else f"within {least:g} to {most:g}"
+                raise InvalidField(f"{one.name}={value}; it must be {allowed}.", param=one.name)
 
     @classmethod
     def suited_to(cls, facts: Facts) -> Self:
@@ -135,8 +160,6 @@ class Method(nn.Module, ABC, Generic[S]):
     paper: ClassVar[str]
     summary: ClassVar[str]
     backbone_kind: ClassVar[Literal["conv", "vit"]] = "conv"
-    backbone_options: ClassVar[Mapping[str, bool]] = {}
-    """Keyword arguments for `training.backbones.build` that it needs, such as a mask token."""
     Options: ClassVar[type[MethodOptions]]
 
     def __init__(self, backbone: Backbone, options: S, facts: Facts) -> None:
@@ -148,6 +171,11 @@ class Method(nn.Module, ABC, Generic[S]):
     def recipe(cls, facts: Facts) -> Recipe:
         """What optimises this method well on such data."""
         return Recipe()
+
+    @classmethod
+    def backbone_options(cls, facts: Facts) -> Mapping[str, bool]:
+        """Keyword arguments for `training.backbones.build` that it needs, such as a mask token."""
+        return {}
 
     @classmethod
     @abstractmethod

@@ -101,7 +101,9 @@ def build_method(settings: Settings, *, start: str) -> Method[Any]:
         start: Weights that the backbone starts from, as `training.backbones.build` takes them.
     """
     kind = find(settings.config.method)
-    backbone = build(settings.config.backbone, settings.config.size, start=start, **kind.backbone_options)
+    backbone = build(
+        settings.config.backbone, settings.config.size, start=start, **kind.backbone_options(settings.facts)
+    )
     return kind(backbone, settings.options, settings.facts)
 
 

@@ -17,7 +17,7 @@ import docstring_parser
 from pydantic import TypeAdapter, ValidationError
 
 from embedserve.errors import InvalidField, closest
-from training.backbones import default_backbone
+from training.backbones import default_backbone, kind_of
 from training.config import TrainConfig
 from training.method import Facts, Method, MethodOptions, Recipe
 from training.methods import find
@@ -218,6 +218,7 @@ def resolve(method: str, data: str, given: Mapping[str, str], known: DataFacts) 
         batch_size=config.batch_size,
         steps_per_epoch=known.images // config.batch_size,
         groups=known.groups,
+        backbone_kind=kind_of(config.backbone, config.start),
     )
     recipe = build(Recipe, kind.recipe(facts))
     augmentation = build(Augmentation, Augmentation.suited_to(config.size))

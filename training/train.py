@@ -84,15 +84,21 @@ def train(method: str, data: str, out: Path, given: Mapping[str, str]) -> Outcom
     """
     find(method)  # before anything is decoded
     device_name = typed_value(TrainConfig, "device", given.get("device", "auto"))
-    with process_group(device_name) as device:
+    with contextlib.ExitStack() as exits:
+        device = exits.enter_context(process_group(device_name))
         if is_main():
             Path(out).mkdir(parents=True, exist_ok=True)
-        with locked(Path(out)) if is_main() else contextlib.nullcontext():
-            return _train(method, data, Path(out), given, device)
+            exits.enter_context(locked(Path(out)))
+        return _train(method, data, Path(out), given, device, exits)
 
 
 def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to bottom
-    method_name: str, data: str, out: Path, given: Mapping[str, str], device: torch.device
+    method_name: str,
+    data: str,
+    out: Path,
+    given: Mapping[str, str],
+    device: torch.device,
+    exits: contextlib.ExitStack,
 ) -> Outcome:
     # ------------------------------------------------------------------------------- data and settings
     progress = Progress(hidden=not is_main())
@@ -116,7 +122,9 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         "torch": torch.__version__,
     }
     if (out / CONFIG).exists():
-        check_same_run(out, read_json(out / CONFIG), record)
+        earlier = read_json(out / CONFIG)
+        check_same_run(out, earlier, record)
+        record["encoder"] = earlier["encoder"]  # its notes are of the weights that the run started from
     if state is not None:
         method.load_state_dict(state["model"])
     if world_size() > 1 and config.sync_batch_norm and not method.local_batch_norm:
@@ -168,6 +176,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
             out, resume_at=first_step, tensorboard=config.tensorboard, wandb=config.wandb, config=record
         )
         progress.settings(record, first_step)
+        exits.callback(log.close)
         if first_step == 0:
             draw_views(out / "views.png", batches, config.size)
 
@@ -257,7 +266,6 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         draw_neighbours(out / "neighbours.png", online, measured, config.size)
         curves_picture(log.records(), out / "curves.png")
         write_readme(out, record, log.records(), monitor.alarms, finished=finished)
-        log.close()
     progress.ended(out, step, steps, figures)
     synchronize()
     return Outcome(out, step, finished, figures)

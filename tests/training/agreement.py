@@ -45,7 +45,7 @@ def assert_same_gradients(method: Method[Any], loss: Tensor, expected: Tensor) -
 
 
 def _train(name: str, options: dict[str, Any], steps: int) -> tuple[list[float], dict[str, Tensor]]:
-    """Some steps in float64 on noise, as the loop does them; on several ranks each takes its share of the batch.
+    """Some steps in float64 on noise, as the loop does them; each rank takes its share of the batch.
 
     Returns:
         The loss of each step, mean over ranks, and all parameters and buffers at the end.

@@ -265,6 +265,26 @@ def test_the_evaluation_view_is_what_serving_sees(
     difference = (show(seen, IMAGENET_MEAN, IMAGENET_STD)[0].int() - expected.int()).abs().float()
     assert difference.mean() < 1
     assert difference.quantile(0.99) <= 5
+    border = torch.cat((difference[0], difference[-1], difference[:, 0], difference[:, -1]))
+    assert border.mean() < 1  # the filter reads beyond the cut, as where the whole image is resized first
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "resize_to", "resized", "start"),
+    [
+        (300, 300, 224, 256, (256, 256), (16, 16)),
+        (400, 300, 224, 256, (341, 256), (58, 16)),  # 58.5 rounds to even, as in Python
+        (200, 350, 64, 64, (64, 112), (0, 24)),  # 1 / float32(200 / 350) · 64 is just less than 112
+        (500, 301, 64, 64, (106, 64), (21, 0)),
+    ],
+)
+def test_the_square_of_the_evaluation_view_lies_on_servings_pixels(
+    width: int, height: int, size: int, resize_to: int, resized: tuple[int, int], start: tuple[int, int]
+) -> None:
+    box = pipeline._central_boxes(torch.tensor([width / height]), size, resize_to)
+    across, down = resized
+    expected = torch.tensor([[start[0] / across, start[1] / down, size / across, size / down]])
+    torch.testing.assert_close(box, expected, rtol=0, atol=1e-6)
 
 
 def test_the_evaluation_view_of_a_square_in_its_own_size_is_the_square() -> None:

@@ -1,4 +1,4 @@
-"""Weights to start from: every form gives bit-equal weights, and what does not fit is named."""
+"""Weights to start from: every form gives bit-equal weights."""
 
 from __future__ import annotations
 
@@ -15,62 +15,20 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra 'trai
 
 from torch import Tensor, nn  # noqa: E402
 
-from embedserve.errors import BadRequest, InvalidField, NotFound  # noqa: E402
-from training.backbones import Backbone, build, describe  # noqa: E402
+from embedserve.errors import InvalidField  # noqa: E402
+from tests.training.weights import (  # noqa: E402
+    VIT,
+    State,
+    assert_same,
+    behind,
+    checkpoint,
+    plain,
+    saved,
+    trained,
+    with_head,
+)
+from training.backbones import build, describe  # noqa: E402
 from training.backbones.convolutional import stem_of  # noqa: E402
-
-VIT = "test_vit/8"
-State = dict[str, Tensor]
-
-
-def trained(name: str, size: int = 32, **options: bool) -> Backbone:
-    """An encoder whose every number, also of buffers and of what starts at zero, is like no other's."""
-    torch.manual_seed(7)
-    backbone = build(name, size, **options)
-    with torch.no_grad():
-        for tensor in backbone.state_dict().values():
-            tensor.add_(torch.rand(tensor.shape) if tensor.is_floating_point() else 3)
-    return backbone
-
-
-def plain(backbone: Backbone) -> State:
-    return dict(backbone.network.state_dict())
-
-
-def behind(prefix: str, state: State) -> State:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def checkpoint(backbone: Backbone, **changes: Any) -> dict[str, Any]:
-    """What the loop writes, as far as starting from it goes; a momentum copy and a head lie beside."""
-    other = trained(backbone.name)
-    model = (
-        behind("teacher.", dict(backbone.state_dict()))
-        | behind("student.", {name: tensor + 1 for name, tensor in other.state_dict().items()})
-        | {"head.weight": torch.zeros(2, 2)}
-    )
-    return {
-        "method": "dino",
-        "settings": {"size": 32},
-        "step": 5,
-        "model": model,
-        "encoder_prefix": "teacher.",
-        "backbone": describe(backbone),
-        "optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(3)}}},
-    } | changes
-
-
-def saved(path: Path, content: Any) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
-    return str(path)
-
-
-def assert_same(found: nn.Module, expected: nn.Module) -> None:
-    ours, theirs = found.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
 
 # Our own runs
 
@@ -157,10 +115,6 @@ def test_what_is_frozen_keeps_the_weights_it_starts_from(tmp_path: Path) -> None
 # Files of weights
 
 
-def with_head(state: State) -> State:
-    return state | {"fc.weight": torch.zeros(10, 8), "fc.bias": torch.zeros(10)}
-
-
 def moved(state: State) -> State:
     return {name: tensor + 1 for name, tensor in state.items()}
 
@@ -241,106 +195,6 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     assert all(
         found[name].dtype == torch.float32 and torch.equal(found[name], half[name].float()) for name in half
     )
-
-
-# What does not fit
-
-
-def without(state: State, *names: str) -> State:
-    return {name: tensor for name, tensor in state.items() if name not in names}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: without(s, "norm.weight", "norm.bias"), r"2 missing \(norm.weight, norm.bias\)"),
-        (lambda s: {k: v for k, v in s.items() if "attn" not in k}, r"24 missing \(\S+, \S+, \S+, …\)"),
-        (lambda s: s | {"blocks.9.x": s["cls_token"]}, r"1 left over \(blocks.9.x\)"),
-        (
-            lambda s: s | {"norm.bias": torch.zeros(3)},
-            r"1 of another shape \(norm.bias is \[3\] instead of \[64\]\)",
-        ),
-        (lambda s: s | {"norm.bias": s["norm.bias"] * torch.nan}, r"1 not finite \(norm.bias\)"),
-        (
-            lambda s: s | {"pos_embed": torch.zeros(1, 8, 64)},
-            r"1 of another shape \(pos_embed is \[1, 8, 64\] instead of \[1, 17, 64\]",
-        ),
-        (
-            lambda s: s | {"patch_embed.proj.weight": torch.zeros(64, 3, 4, 4)},
-            r"1 of another shape \(patch_embed.proj.weight is \[64, 3, 4, 4\] instead of \[64, 3, 8, 8\]",
-        ),
-    ],
-    ids=["missing", "many missing", "left over", "shape", "not finite", "positions", "patch size"],
-)
-def test_wrong_weights_are_named(tmp_path: Path, change: Any, message: str) -> None:
-    start = saved(tmp_path / "a.pth", change(plain(trained(VIT))))
-    with pytest.raises(
-        InvalidField, match=f"does not fit '{VIT}', which has 78 tensors: {message}"
-    ) as caught:
-        build(VIT, 32, start=start)
-    assert caught.value.param == "start"
-
-
-def test_a_broken_checkpoint_of_ours_is_not_patched_from_its_other_networks(tmp_path: Path) -> None:
-    content = checkpoint(trained(VIT))
-    del content["model"]["teacher.network.norm.bias"]  # the student has one
-    with pytest.raises(InvalidField, match=r"1 missing \(norm.bias\)"):
-        build("", 32, start=saved(tmp_path / "a.pt", content))
-
-
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    start = saved(tmp_path / "a.pth", plain(trained("resnet18")))
-    with pytest.raises(InvalidField, match=r"has no tensor named 'cls_token'.* begins with conv1.weight"):
-        build(VIT, 32, start=start)
-    with pytest.raises(InvalidField, match=r"does not fit 'resnet34', .* 80 missing"):
-        build("resnet34", 32, start=start)
-    with pytest.raises(InvalidField, match="does not say which network it is for"):
-        build("", 32, start=start)
-
-
-def test_two_copies_of_which_none_is_preferred_are_refused(tmp_path: Path) -> None:
-    state = plain(trained(VIT))
-    start = saved(tmp_path / "a.pth", behind("left.", state) | behind("right.", state))
-    with pytest.raises(InvalidField, match=r"more than once \(behind 'left.', 'right.'\)"):
-        build(VIT, 32, start=start)
-
-
-def test_a_path_that_is_not_there_is_not_found() -> None:
-    with pytest.raises(NotFound, match="Weights 'imagnet' not found; give 'imagenet', 'starter'"):
-        build("resnet18", 32, start="imagnet")
-
-
-def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidField, match=r"holds neither checkpoints/best.pt nor"):
-        build("resnet18", 32, start=str(tmp_path))
-
-
-def test_a_bundle_is_refused_because_it_is_onnx(tiny_folder: Path) -> None:
-    with pytest.raises(InvalidField, match=r"is an encoder bundle.*the run that it was exported from"):
-        build("resnet18", 32, start=str(tiny_folder))
-
-
-class Anything:
-    pass
-
-
-def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
-    for content in (b"", b"not weights at all", b"PK\x03\x04 cut"):
-        path.write_bytes(content)
-        with pytest.raises(BadRequest, match=r"holds no weights|cannot be read as weights"):
-            build("resnet18", 32, start=str(path))
-    whole = Path(saved(path, plain(trained(VIT)))).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadRequest, match="is it complete"):
-        build(VIT, 32, start=str(path))
-    with pytest.raises(BadRequest, match="holds no tensors"):
-        build("resnet18", 32, start=saved(path, {"epoch": 3}))
-    with pytest.raises(BadRequest, match=r"holds a Python object \(\S*Anything\), which could run code"):
-        build("resnet18", 32, start=saved(path, {"config": Anything()}))
-    (tmp_path / "a.safetensors").write_bytes(b"short")
-    with pytest.raises(BadRequest, match="cannot be read"):
-        build("resnet18", 32, start=str(tmp_path / "a.safetensors"))
 
 
 # Published by the libraries

@@ -61,6 +61,8 @@ def test_epochs_and_batch_follow_the_number_of_images() -> None:
         ({"batch_size": "10", "accumulate": "3"}, "equal parts"),
         ({"precision": "fp8"}, "precision=fp8"),
         ({"method": "byol"}, "no such key"),
+        ({"temperature": "0"}, "temperature=0"),
+        ({"projection_dim": "0"}, "at least 1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named_with_the_fix(given: dict[str, str], said: str) -> None:

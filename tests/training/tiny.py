@@ -50,7 +50,7 @@ def tiny_method(name: str, *, facts: Facts = FACTS, seed: int = 0, **options: An
     """The method on a tiny backbone, with small heads; `options` override its own."""
     kind = find(name)
     torch.manual_seed(seed)
-    backbone = _tiny_vit(facts.size, kind.backbone_options) if kind.backbone_kind == "vit" else TinyConv()
+    backbone = _tiny_vit(facts.size, kind.backbone_options(facts)) if kind.backbone_kind == "vit" else TinyConv()
     suited = kind.Options.suited_to(facts)
     small = {key: min(getattr(suited, key), 32) for key in dir(suited) if key.endswith("_dim")}
     return kind(backbone, type(suited)(**{**_as_dict(suited), **small, **options}), facts)

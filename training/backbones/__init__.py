@@ -11,7 +11,7 @@ torchvision and timm are imported when a network of theirs is built, not before.
 """
 
 from training.backbones.base import Backbone
-from training.backbones.building import build, default_backbone, describe, known
+from training.backbones.building import build, default_backbone, describe, kind_of, known
 from training.backbones.convolutional import Stem, stem_for
 
-__all__ = ["Backbone", "Stem", "build", "default_backbone", "describe", "known", "stem_for"]
+__all__ = ["Backbone", "Stem", "build", "default_backbone", "describe", "kind_of", "known", "stem_for"]

@@ -18,7 +18,7 @@ from training.backbones.vision_transformer import (
 )
 from training.views import SMALL_IMAGE
 
-__all__ = ["build", "default_backbone", "describe", "known"]
+__all__ = ["build", "default_backbone", "describe", "kind_of", "known"]
 
 SUGGESTED = (
     "resnet18",
@@ -130,6 +130,13 @@ def default_backbone(size: int, kind: Literal["conv", "vit"] = "conv", *, on_gpu
     while size % patch and patch > 4:
         patch //= 2
     return f"vit_small/{patch}" if on_gpu and size > SMALL_IMAGE else f"vit_tiny/{patch}"
+
+
+def kind_of(name: str, start: str = "") -> Literal["conv", "vit"]:
+    """What `build(name, …, start=start)` gives. Raises as `build` does for an unknown name or start."""
+    if start and start != starting.IMAGENET:
+        name = starting.read(start).network_for(name)
+    return "conv" if name in RESNETS or not _is_transformer(_find_in_timm(name)[0]) else "vit"
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

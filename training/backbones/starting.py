@@ -188,7 +188,7 @@ def _file(path: Path) -> Weights:
         raise BadRequest(
             f"'{path}' cannot be read as weights ({error}); is it complete?", param="start"
         ) from None
-    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in _flat(content)}  # torch.compile's
+    tensors = dict(_flat(content))
     if not tensors:
         raise BadRequest(
             f"'{path}' holds no tensors; give a state dict saved with torch.save.", param="start"

@@ -82,7 +82,7 @@ class VisionTransformer(Backbone):
 
 def check_size(name: str, size: int, patch: int) -> None:
     """Raises InvalidField with the nearest sizes when patches of `patch` pixels do not tile `size` pixels."""
-    if size % patch or size < patch:
+    if size % patch:
         below, above = size // patch * patch, (size // patch + 1) * patch
         nearest = f"{below} or {above}" if below else f"{above}"
         raise InvalidField(

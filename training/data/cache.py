@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from embedserve.errors import BadRequest, TooLarge
+from embedserve.errors import BadRequest, EmbedServeError, TooLarge
 from training.data.ahead import in_order
 from training.data.listing import shown
 from training.data.source import Source
@@ -156,6 +156,8 @@ def _write(source: Source, size: int, part: Path, threads: int, progress: Progre
         out = stack.enter_context((part / "pixels.npy").open("wb")) if size else None
         if out is not None:
             _write_header(out, total, size)
+        if not _is_encoded(source):
+            threads = 1  # microseconds an image: more would only wait for each other's interpreter lock
         decoded = in_order(partial(_decode, source, size), chunks, threads=threads, ahead=2 * threads)
         stack.callback(decoded.close)
         progress(0, total)
@@ -175,6 +177,13 @@ def _write(source: Source, size: int, part: Path, threads: int, progress: Progre
     index = {"format": FORMAT, "source": source.location, "size": size, "images": total - len(failures)}
     text = json.dumps({**index, "failures": [asdict(one) for one in failures]}, indent=1)
     _write_durably(part / "index.json", lambda file: file.write(text.encode()))
+
+
+def _is_encoded(source: Source) -> bool:
+    try:
+        return isinstance(source.fetch(0), bytes)
+    except (OSError, EmbedServeError):
+        return True
 
 
 def _decode(source: Source, size: int, rows: range) -> Decoded:
@@ -209,6 +218,8 @@ def _lock(path: Path) -> Iterator[bool]:
     try:
         file = _locked(path)
     except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
         yield False
         return
     with file:
@@ -255,10 +266,12 @@ def _explained(error: OSError, folder: Path, source: Source, size: int) -> BadRe
 
 
 def _full(folder: Path, source: Source, size: int, why: str = "") -> TooLarge:
+    what = f"pixels of {len(source):,} images, {size} × {size} each," if size else f"{len(source):,} shapes"
+    needed, free = _needed(source, size), shutil.disk_usage(folder).free
     return TooLarge(
-        f"The cache of {len(source):,} images of {size} × {size} pixels needs {_needed(source, size):,} bytes "
-        f"in '{folder}'; {shutil.disk_usage(folder).free:,} are free{why}. Make room, set EMBEDSERVE_CACHE to a "
-        "larger disk, or use the residence 'stream', which decodes anew each time and stores no pixels."
+        f"The cache of {what} needs {needed:,} bytes; '{folder}' has {free:,} bytes free{why}. "
+        "Make room, set EMBEDSERVE_CACHE to a folder on a larger disk, or use the residence 'stream', which "
+        "decodes anew each time and stores no pixels."
     )
 
 

@@ -83,7 +83,7 @@ class Partners:
         """Where an image stands in its group."""
 
     def rows(self, rows: NDArray[np.int64], step: int) -> NDArray[np.int64]:
-        """A partner for each of `rows` (int64 [B]) at a step: int64 [B]. Itself for an image that is alone."""
+        """A partner for each of `rows` (int64 [B]) at a step: int64 [B]; an image alone gets itself."""
         if not self._grouped:
             return rows.copy()
         group, place = self._group[rows], self._place[rows]

@@ -19,12 +19,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from embedserve.config import Limits
 from embedserve.decode import FORMATS, decode
-from embedserve.errors import BadRequest, EmbedServeError, NotFound
+from embedserve.errors import BadRequest, EmbedServeError, InvalidField, NotFound
+from training.data.cifar import is_cifar, list_cifar
 from training.data.folder import list_folder
+from training.data.idx import is_idx, list_idx
 from training.data.listing import Fetch, Listing, Skipped, shown
+from training.data.table import is_table, list_table
+from training.data.webdataset import is_webdataset, list_webdataset
 
 __all__ = ["LIMITS", "Source", "open_source"]
 
@@ -174,7 +179,10 @@ def upright_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
             try:
                 with reader(io.BytesIO(data)) as image:
                     width, height = image.size
-                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in {5, 6, 7, 8}
+                    # TIFF's reader gives the size that it has after turning.
+                    turned = not isinstance(image, TiffImageFile) and image.getexif().get(
+                        ExifTags.Base.Orientation, 1
+                    ) in {5, 6, 7, 8}
             except Exception as error:
                 raise BadRequest(f"The image's header is damaged ({error}).") from error
             return (height, width) if turned else (width, height)
@@ -184,7 +192,11 @@ def upright_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------- what there is
 
 OPENERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Listing]]] = {
-    "folder of images": (Path.is_dir, list_folder),
+    "MNIST's files (train-images-idx3-ubyte, also .gz)": (is_idx, list_idx),
+    "CIFAR's files (data_batch_1, train.bin)": (is_cifar, list_cifar),
+    "WebDataset tars (a .tar, a folder of them, 'shard-{000..009}.tar')": (is_webdataset, list_webdataset),
+    "a list with a column 'path' (.csv, .tsv, .jsonl, .parquet)": (is_table, list_table),
+    "a folder of images": (Path.is_dir, list_folder),
 }
 """Form → whether a path is of it, and what lists its images. The first that matches is taken."""
 
@@ -193,19 +205,28 @@ def open_source(path: Path | str, *, group_by: str = "", label_by: str = "") -> 
     """Lists a data set.
 
     Args:
-        path: What `OPENERS` knows.
-        group_by: What makes images belong together (positives of each other): "folder", "name", a column.
-        label_by: What to take labels from where it is not the usual: the same words.
+        path: Anything that `OPENERS` knows.
+        group_by: What makes images belong together (positives of each other): "folder" (the one that holds
+            the image), "name" (the file's, without a last number) or a column.
+        label_by: What to take labels from, where it is not the usual: the same words.
 
     Raises NotFound (no such path), BadRequest (unreadable, empty, malformed), InvalidField (unknown column).
     """
+    if "://" in str(path):
+        raise InvalidField(
+            f"'{path}' is a URL; images are read from disks. Download them first.", param="data"
+        )
     path = Path(path)
-    if not path.exists():
+    try:
+        for matches, list_images in OPENERS.values():
+            if matches(path):
+                return _source(path, list_images(path), group_by, label_by)
+        exists = path.exists()
+    except OSError as error:
+        raise BadRequest(f"'{path}' cannot be read: {error.strerror or error}.") from None
+    if not exists:
         raise NotFound(f"There is no '{path}'; check its name.")
-    for matches, list_images in OPENERS.values():
-        if matches(path):
-            return _source(path, list_images(path), group_by, label_by)
-    raise BadRequest(f"'{path}' is none of: {', '.join(OPENERS)}.")
+    raise BadRequest(f"'{path}' is no data set that can be read here: {'; '.join(OPENERS)}.")
 
 
 def _source(path: Path, listing: Listing, group_by: str, label_by: str) -> Source:

@@ -50,15 +50,17 @@ def _units(source: Source) -> Rows:
     """What is held out as a whole: [N], equal numbers for images that must not be torn apart."""
     if source.groups is None:
         return np.arange(len(source))
-    pairs, images = np.unique(np.stack([source.groups, source.labels]), axis=1, return_counts=True)
-    one_label_each = pairs.shape[1] == len(np.unique(source.groups))
-    _, first, groups_of_class = np.unique(pairs[1], return_index=True, return_counts=True)
-    enough_groups = bool(np.all((groups_of_class >= 2) | (images[first] == 1)))
-    return source.groups if one_label_each and enough_groups else np.arange(len(source))
+    group = np.unique(source.groups, return_inverse=True)[1].reshape(-1)
+    classes = int(source.labels.max()) + 2  # and those without a label
+    pairs, images = np.unique(group * classes + source.labels + 1, return_counts=True)
+    one_label_each = len(pairs) == group.max() + 1
+    _, first, groups_of_class = np.unique(pairs % classes, return_index=True, return_counts=True)
+    enough_groups = np.all((groups_of_class >= 2) | (images[first] == 1))
+    return group.astype(np.int64) if one_label_each and enough_groups else np.arange(len(source))
 
 
 def _drawn(labels: Rows, unit_of: Rows, holdout: float, seed: int) -> NDArray[np.bool_]:
-    _, first, size = np.unique(unit_of, return_index=True, return_counts=True)
+    _, first, unit_of, size = np.unique(unit_of, return_index=True, return_inverse=True, return_counts=True)
     label_of_unit = np.unique(labels[first], return_inverse=True)[1].reshape(-1)
     images = np.bincount(label_of_unit, weights=size).astype(np.int64)
     quota = _quotas(images, min(round(holdout * len(labels)), MOST_HELD_OUT))
@@ -75,14 +77,14 @@ def _drawn(labels: Rows, unit_of: Rows, holdout: float, seed: int) -> NDArray[np
         if not len(chosen):
             chosen = units[[np.argmin(size[units])]]
         held[chosen] = True
-    of_images: NDArray[np.bool_] = held[np.unique(unit_of, return_inverse=True)[1].reshape(-1)]
+    of_images: NDArray[np.bool_] = held[unit_of.reshape(-1)]
     return of_images
 
 
 def _quotas(images: Rows, total: int) -> Rows:
     """`total` shared out over classes in proportion to their images, by largest remainder: [classes]."""
     exact = images * (total / images.sum())
-    quota = np.floor(exact).astype(np.int64)
+    quota: Rows = np.floor(exact).astype(np.int64)
     rest = total - int(quota.sum())
     quota[np.argsort(quota - exact, kind="stable")[:rest]] += 1
     return quota

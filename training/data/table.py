@@ -12,8 +12,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,8 +47,8 @@ def list_table(path: Path) -> Listing:
         raise BadRequest(f"'{path}' is not UTF-8 text; save it as UTF-8.") from None
     if "path" not in table:
         raise InvalidField(
-            f"'{path}' has the columns {shown(table, most=20)}; one must be called 'path' and hold the paths of "
-            "the images, relative to this file."
+            f"'{path}' has the columns {shown(table, most=20)}; one must be called 'path' and hold the paths "
+            "of the images, relative to this file."
         )
     if not table["path"]:
         raise BadRequest(f"'{path}' has no rows; give one per image.")
@@ -113,8 +114,8 @@ def _tests(path: Path, words: Column) -> NDArray[np.bool_]:
     unknown = [word for word, test in meaning.items() if word is not None and test is None]
     if unknown:
         raise InvalidField(
-            f"'{path}' has {shown(sorted(unknown))} in the column 'split'; allowed are 'train', 'val' and 'test' "
-            "(or nothing, for train).",
+            f"'{path}' has {shown(sorted(unknown))} in the column 'split'; allowed are 'train', 'val' and "
+            "'test' (or nothing, for train).",
             param="split",
         )
     return np.array([meaning[word] for word in words], bool)
@@ -180,9 +181,9 @@ def _read_parquet(path: Path) -> Table:
 
 
 def as_text(value: object) -> str | None:
-    """A cell as text: None for what is empty, no number or too deep; 3.0 is 3."""
+    """A cell as text: None for what is empty, no finite number or nested; 3.0 is 3."""
     if isinstance(value, float):
-        return None if value != value else str(int(value)) if value.is_integer() else repr(value)
+        return str(int(value)) if value.is_integer() else repr(value) if math.isfinite(value) else None
     if isinstance(value, str | int):
         return str(value) or None
     return None

@@ -20,8 +20,13 @@ from typing import Any, Generic, TypeVar
 
 from embedserve.errors import NotFound, closest
 from training.data import Source
+from training.evaluate.attention import AttentionSettings, evaluate_attention
+from training.evaluate.dense import DenseSettings, evaluate_dense
 from training.evaluate.encoder import EvaluationEncoder, open_encoder
+from training.evaluate.finetune import FinetuneSettings, evaluate_finetune
 from training.evaluate.knn import KnnSettings, evaluate_knn
+from training.evaluate.linear import LinearSettings, evaluate_linear
+from training.evaluate.near_duplicates import DuplicatesSettings, evaluate_near_duplicates
 from training.evaluate.report import (
     Progress,
     Result,
@@ -31,6 +36,8 @@ from training.evaluate.report import (
     write_json,
     write_picture,
 )
+from training.evaluate.retrieval import RetrievalSettings, evaluate_retrieval
+from training.evaluate.semi_supervised import SemiSettings, evaluate_semi_supervised
 
 __all__ = ["EVALUATIONS", "Evaluation", "EvaluationEncoder", "Result", "find", "open_encoder"]
 
@@ -82,8 +89,35 @@ class Evaluation(Generic[S]):
 
 
 EVALUATIONS: dict[str, Evaluation[Any]] = {
-    one.name: one
-    for one in (Evaluation("knn", "weighted vote of the nearest labelled images", KnnSettings, evaluate_knn),)
+    "knn": Evaluation("knn", "weighted vote of the nearest labelled images", KnnSettings, evaluate_knn),
+    "linear": Evaluation("linear", "a linear layer on frozen features", LinearSettings, evaluate_linear),
+    "semi_supervised": Evaluation(
+        "semi_supervised", "1% and 10% of the labels", SemiSettings, evaluate_semi_supervised
+    ),
+    "finetune": Evaluation(
+        "finetune", "the whole network trained on the labels", FinetuneSettings, evaluate_finetune
+    ),
+    "retrieval": Evaluation(
+        "retrieval", "whether neighbours share a group or a label", RetrievalSettings, evaluate_retrieval
+    ),
+    "near_duplicates": Evaluation(
+        "near_duplicates",
+        "altered copies find their originals; needs no labels",
+        DuplicatesSettings,
+        evaluate_near_duplicates,
+    ),
+    "dense": Evaluation(
+        "dense",
+        "patch features segment objects and find them again; needs images with transparency",
+        DenseSettings,
+        evaluate_dense,
+    ),
+    "attention": Evaluation(
+        "attention",
+        "where a vision transformer's class token looks; needs no labels",
+        AttentionSettings,
+        evaluate_attention,
+    ),
 }
 """Name → evaluation."""
 

@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["GREEN", "RED", "Tile", "bars", "chart", "grid", "heatmap", "overlay", "stack"]
+__all__ = ["RIGHT", "WRONG", "Tile", "bars", "chart", "grid", "heatmap", "overlay", "stack"]
 
 Colour = tuple[int, int, int]
-GREEN, RED = (34, 160, 60), (210, 45, 45)
+RIGHT, WRONG = (0, 137, 101), (213, 84, 0)
+"""A green and an orange that people who cannot tell green from red tell apart, as in a run's pictures."""
 GAP, FRAME, TEXT = 6, 4, 11
 MOST_NAMES = 40
 """Names written along the side of a chart; more cannot be read."""
@@ -41,7 +42,8 @@ def grid(rows: Sequence[Sequence[Tile]], *, side: int = 96, columns: Sequence[st
     """
     font = ImageFont.load_default(TEXT)
     head = TEXT + GAP if columns else 0
-    cell = side + 2 * FRAME + GAP, side + 2 * FRAME + TEXT + 2 * GAP
+    foot = TEXT + GAP if any(tile.caption for row in rows for tile in row) else 0
+    cell = side + 2 * FRAME + GAP, side + 2 * FRAME + foot + GAP
     across = max((len(row) for row in rows), default=0)
     canvas = Image.new("RGB", (cell[0] * max(across, 1) + GAP, head + cell[1] * len(rows) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
@@ -53,7 +55,7 @@ def grid(rows: Sequence[Sequence[Tile]], *, side: int = 96, columns: Sequence[st
             small = _fitted(tile.image, side)
             if tile.frame is not None:
                 box = (left, top, left + side + 2 * FRAME - 1, top + side + 2 * FRAME - 1)
-                draw.rectangle(box, fill=tile.frame)
+                draw.rectangle(box, fill="white", outline=tile.frame, width=FRAME)
             inside = (left + FRAME + (side - small.width) // 2, top + FRAME + (side - small.height) // 2)
             canvas.paste(small, inside)
             words = _fitting(tile.caption, cell[0] - GAP, font)
@@ -131,7 +133,16 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str) 
         return
     axes.set_yticks(places, [name[:24] for name in names], fontsize=min(9, 320 / max(len(names), 1)))
     for place, value in enumerate(values):
-        axes.text(min(value + 0.01, 0.9), place, f"{value:.3f}", va="center", fontsize=8)
+        inside = value > 0.85
+        axes.text(
+            value + (-0.01 if inside else 0.01),
+            place,
+            f"{value:.3f}",
+            va="center",
+            ha="right" if inside else "left",
+            color="white" if inside else "black",
+            fontsize=min(8, 320 / len(names)),
+        )
 
 
 def heatmap(axes: Axes, matrix: NDArray[np.float64], names: Sequence[str], title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre
 from training.backbones import Backbone
-from training.data import Pixels, Source, open_pixels
+from training.data import Pixels, Residence, Source, open_pixels
 from training.data.ahead import in_order
 from training.data.squares import decode_rows
 from training.evaluate.embedding import READERS, Embedded, finite, without_failed
@@ -37,6 +38,7 @@ class NetworkEncoder:
         embed: The module whose output is evaluated, [B, 3, size, size] → [B, dim]; the backbone by default.
         device: Where it runs.
         holdout, seed: As in `EvaluationEncoder`.
+        residence: Where decoded images live; see `training.data.open_pixels`.
         cache: Folder of decoded images; the user's cache folder by default.
         workers: Threads that decode; 0 takes one for each core.
     """
@@ -52,14 +54,21 @@ class NetworkEncoder:
         device: torch.device | str = "cpu",
         holdout: float | None = None,
         seed: int = 0,
+        residence: Residence | Literal["auto"] = "auto",
         cache: Path | None = None,
         workers: int = 0,
     ) -> None:
         self.name, self.size, self.stored_size = name, size, stored_size
         self.device = torch.device(device)
         self.backbone = backbone.to(self.device).eval()
-        self.holdout, self.seed, self.cache, self.workers = holdout, seed, cache, workers
-        self._module: nn.Module = (backbone if embed is None else embed).to(self.device).eval()
+        self.holdout, self.seed, self.residence, self.cache, self.workers = (
+            holdout,
+            seed,
+            residence,
+            cache,
+            workers,
+        )
+        self.module: nn.Module = (backbone if embed is None else embed).to(self.device).eval()
         self.batch = max(8, min(512, 2**22 // size**2))
         """Images of one forward pass."""
         self.dim = self._forward(torch.zeros(1, 3, size, size, device=self.device)).shape[1]
@@ -86,6 +95,7 @@ class NetworkEncoder:
             source,
             self.stored_size,
             device=self.device,
+            residence=self.residence,
             folder=self.cache,
             workers=self.workers,
             progress=progress,
@@ -121,7 +131,7 @@ class NetworkEncoder:
 
     @torch.no_grad()
     def _forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self._module(images)
+        features: Tensor = self.module(images)
         return features.float()
 
     def _embed_uncached(self, source: Source, progress: Progress) -> Embedded:
@@ -155,6 +165,7 @@ class RunEncoder(NetworkEncoder):
     label_by: str
 
     def __init__(self, path: str, device: torch.device | str) -> None:
+        from training.method import Method
         from training.run import open_run
 
         trained = open_run(path, device)
@@ -162,12 +173,13 @@ class RunEncoder(NetworkEncoder):
         super().__init__(
             f"{path} (step {trained.step})",
             trained.method.encoder,
-            embed=_Embedding(trained.method),
+            embed=_Embedding(trained.method) if type(trained.method).embed is not Method.embed else None,
             size=config.size,
             stored_size=config.stored_size,
             device=device,
             holdout=config.holdout,
             seed=config.seed,
+            residence=config.cache,
             cache=Path(config.cache_folder) if config.cache_folder else None,
             workers=config.workers,
         )

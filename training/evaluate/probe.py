@@ -22,7 +22,7 @@ from training.precision import full_precision
 __all__ = ["DECAYS", "RATES", "Heads", "Standard", "Trial", "assign_folds", "sweep", "train_heads"]
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-DECAYS = (0.0, 1e-3, 1e-2, 1e-1)
+DECAYS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """What a sweep tries, each rate with each decay: few labels want much decay, many want none."""
 MANY = 10_000
 """Rows from which a held-out tenth tells settings apart; below, every fifth is held out in turn."""
@@ -193,6 +193,7 @@ def sweep(
     epochs: int,
     batch_size: int,
     seed: int,
+    fold: Tensor | None = None,
     progress: Progress = silent,
 ) -> tuple[Heads, list[Trial], Trial]:
     """Chooses rate and decay on held-out rows, then trains one head with them on all rows.
@@ -202,14 +203,16 @@ def sweep(
 
     Args:
         features, labels, classes, epochs, batch_size, seed: As in `train_heads`.
+        fold: int64 [n] with parts 0..4: cross-validation in these folds instead. Rows of one image belong
+            into one fold.
         progress: Called with (steps done, steps), for the sweep and then for the last head.
 
     Returns:
         The one head, all trials, and the chosen one: the most accurate, and of equals the strongest decay.
     """
     settings = [(rate, decay) for rate in RATES for decay in DECAYS]
-    folds, used = (10, 1) if len(labels) >= MANY else (5, 5)
-    fold = assign_folds(labels, folds, seed).to(labels.device)
+    folds, used = (10, 1) if len(labels) >= MANY and fold is None else (5, 5)
+    fold = (assign_folds(labels, folds, seed) if fold is None else fold).to(labels.device)
     held = [part for part in range(used) if bool((fold == part).any())]
     train = partial(
         train_heads,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedserve.errors import InvalidField
 from training.data import Source, split
-from training.evaluate.drawing import GREEN, RED, Tile, grid
+from training.evaluate.drawing import RIGHT, WRONG, Tile, grid
 from training.evaluate.embedding import Embedded
 from training.evaluate.encoder import EvaluationEncoder
 from training.evaluate.report import PICTURE_ONLY, Progress, silent
@@ -208,12 +208,13 @@ def _examples(embedded: Embedded, belongs: Rows, queries: Rows) -> list[list[Til
 
     def tile(row: int, frame: tuple[int, int, int] | None) -> Tile:
         image = embedded.source.read(row, shrink_to=SHOWN)
-        return Tile(image.resize((SHOWN, SHOWN)) if min(image.size) > SHOWN else image, "", frame)
+        image.thumbnail((2 * SHOWN, 2 * SHOWN))
+        return Tile(image, "", frame)
 
     return [
         [
             tile(int(query), None),
-            *(tile(one, GREEN if belongs[one] == belongs[query] else RED) for one in found.tolist()),
+            *(tile(one, RIGHT if belongs[one] == belongs[query] else WRONG) for one in found.tolist()),
         ]
         for query, found in zip(queries, near, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,14 +67,13 @@ class Hidden:
     at: Tensor
     """int64 [M], where masks.flatten() is True."""
     weights: Tensor
-    """float32 [M], 1 ÷ the hidden patches of the same crop."""
+    """float64 [M]: for a mean over the hidden patches of a crop, then over all 2 · B crops."""
 
 
 class DINOv2(Method[DINOv2Options]):
     paper = "Oquab et al. 2023, arXiv:2304.07193"
     summary = "DINO that also fills in hidden patches; strong features of whole images and of their parts"
     backbone_kind = "vit"
-    backbone_options = {"mask_token": True}  # noqa: RUF012 -- a ClassVar in the base class
     Options = DINOv2Options
 
     def __init__(self, backbone: Backbone, options: DINOv2Options, facts: Facts) -> None:
@@ -92,6 +92,10 @@ class DINOv2(Method[DINOv2Options]):
         self.teacher_patch_head = momentum_copy(self.patch_head)
 
     @classmethod
+    def backbone_options(cls, facts: Facts) -> Mapping[str, bool]:
+        return {"mask_token": True}
+
+    @classmethod
     def recipe(cls, facts: Facts) -> Recipe:
         # .004 at a batch of 1,024, in proportion to the root of the batch and not to the batch itself.
         lr = 0.004 * math.sqrt(facts.batch_size / 1024)
@@ -103,6 +107,10 @@ class DINOv2(Method[DINOv2Options]):
             weight_decay_end=0.4,
             clip=3.0,
         )
+
+    @classmethod
+    def backbone_options(cls, facts: Facts) -> Mapping[str, bool]:
+        return {"mask_token": True}
 
     @classmethod
     def views(cls, augmentation: Augmentation, options: DINOv2Options, facts: Facts) -> tuple[View, ...]:
@@ -143,7 +151,7 @@ class DINOv2(Method[DINOv2Options]):
 
         temperature = self.options.student_temperature
         whole = distillation_loss(outputs, targets, temperature=temperature)
-        parts = patch_loss(patch_outputs, patch_targets, hidden.weights / len(crops), temperature=temperature)
+        parts = patch_loss(patch_outputs, patch_targets, hidden.weights, temperature=temperature)
         # Crops of one image are not neighbours of each other: each view for itself.
         apart = torch.stack([koleo_loss(view, batch.ids) for view in tokens.chunk(FULL_VIEWS)]).sum()
         return {
@@ -183,8 +191,9 @@ class DINOv2(Method[DINOv2Options]):
         blocks, second = blocks[mine], second[mine]
         masks = torch.cat([blocks & ~second, blocks & second])
         counts = masks.sum(1)
+        at = masks.flatten().nonzero()[:, 0]
         # The weight of a crop without hidden patches is infinite, and repeated no times.
-        at, weights = masks.flatten().nonzero()[:, 0], (1 / counts).repeat_interleave(counts)
+        weights = (1 / (counts.double() * len(masks))).repeat_interleave(counts)
         return Hidden(*(_moved(one, crops.device) for one in (masks, at, weights)))
 
     def before_step(self, now: Now) -> None:
@@ -195,6 +204,9 @@ class DINOv2(Method[DINOv2Options]):
     @property
     def encoder(self) -> Backbone:
         return self.teacher
+
+    def logit_count(self) -> int:
+        return self.options.output_dim
 
 
 @full_precision
@@ -211,7 +223,7 @@ def patch_loss(outputs: Tensor, targets: Tensor, weights: Tensor, *, temperature
         float [], in float32 or the float64 of the inputs.
     """
     predicted = (outputs / temperature).log_softmax(1)
-    return -(weights * (targets * predicted).sum(1)).sum()
+    return -(weights.to(predicted.dtype) * (targets * predicted).sum(1)).sum()
 
 
 def _chosen(patches: Tensor, at: Tensor) -> Tensor:

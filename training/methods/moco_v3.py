@@ -63,7 +63,7 @@ class MoCoV3(Method[MoCoV3Options]):
         self.momentum_projector = momentum_copy(self.projector)
 
     @classmethod
-    def backbone_arguments(cls, facts: Facts) -> Mapping[str, bool]:
+    def backbone_options(cls, facts: Facts) -> Mapping[str, bool]:
         """Keyword arguments for `training.backbones.build`.
 
         A vision transformer keeps its random patch embedding: trained, it is where MoCo v3 becomes unstable

@@ -120,9 +120,8 @@ class SwAV(Method[SwAVOptions]):
         features = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         return torch.stack(unit(self.head(features)).chunk(len(views)))
 
-    @torch.no_grad()
     def _assign(self, view: int, scores: Tensor, now: Now) -> Tensor:
-        """The prototypes of one full-size view of each image, [B, K]."""
+        """The prototypes of one full-size view of each image, [B, K] without gradient."""
         options, rows = self.options, len(scores)
         if self._queue_is_used(now):
             # All ranks have the same queue; each adds its share, so that every row counts once.

@@ -99,11 +99,13 @@ def mean_colour() -> EyeEncoder:
 
 
 def tiny_encoder(cache: Path, *, holdout: float | None = None) -> NetworkEncoder:
-    """Random convolutions at 16 pixels."""
+    """Random convolutions at 16 pixels, with the batch statistics of noisy colours."""
     torch.manual_seed(0)
-    return NetworkEncoder(
-        "tiny", TinyConv(), size=16, stored_size=16, cache=cache, workers=1, holdout=holdout
-    )
+    backbone = TinyConv().train()
+    with torch.no_grad():
+        for _ in range(30):
+            backbone(torch.randn(64, 3, 1, 1) + 0.5 * torch.randn(64, 3, 16, 16))
+    return NetworkEncoder("tiny", backbone, size=16, stored_size=16, cache=cache, workers=1, holdout=holdout)
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -65,10 +65,10 @@ def test_neighbours_are_framed_by_whether_they_belong():
     images = [np.full((4, 4, 3), (*level, 0), np.uint8) for level in levels]
     result = evaluate_retrieval(encoder, source_of(images, groups=[5, 5, 9, 9]), RetrievalSettings())
     first = result.examples[0]
-    assert [tile.frame for tile in first] == [None, retrieval.GREEN, retrieval.RED, retrieval.RED]
+    assert [tile.frame for tile in first] == [None, retrieval.RIGHT, retrieval.WRONG, retrieval.WRONG]
     picture = result.picture()
     colours = {colour for _, colour in picture.getcolors(2**20)}
-    assert {retrieval.GREEN, retrieval.RED} <= colours
+    assert {retrieval.RIGHT, retrieval.WRONG} <= colours
 
 
 def test_groups_count_before_labels_and_either_can_be_asked_for():

@@ -110,7 +110,7 @@ def test_two_ranks_take_the_step_of_one_with_the_joined_batch() -> None:
 def transformer(**options: Any) -> MoCoV3:
     torch.manual_seed(0)
     facts = replace(FACTS, size=32, backbone_kind="vit")
-    backbone = build("test_vit", 32, **MoCoV3.backbone_arguments(facts))
+    backbone = build("test_vit", 32, **MoCoV3.backbone_options(facts))
     return MoCoV3(backbone, MoCoV3Options(hidden_dim=32, projection_dim=16, **options), facts)
 
 
@@ -157,7 +157,7 @@ def test_the_patch_embedding_and_positions_of_a_transformer_are_fixed() -> None:
 
 
 def test_a_resnet_is_built_without_arguments() -> None:
-    assert MoCoV3.backbone_arguments(FACTS) == {}
+    assert MoCoV3.backbone_options(FACTS) == {}
 
 
 # ---------------------------------------------------------------- after the step

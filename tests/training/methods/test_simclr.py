@@ -24,7 +24,7 @@ def simclr(**options: float) -> SimCLR:
 
 
 def literal(first: Tensor, second: Tensor, temperature: float, group: list[int]) -> Tensor:
-    """Algorithm 1: views 2k and 2k+1 are of image k; the mean of ℓ over all 2N, with 2N − 1 in each denominator.
+    """Algorithm 1: views 2k and 2k+1 are of image k; the mean of ℓ over 2N views, 2N − 1 in a denominator.
 
     Views of another image of the same group are in no denominator.
     """

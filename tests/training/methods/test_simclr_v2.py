@@ -76,6 +76,20 @@ def test_a_memory_that_is_still_empty_changes_nothing() -> None:
     torch.testing.assert_close(memory_loss(queries, keys, ids, rows, nothing, temperature=0.1), without)
 
 
+def test_the_memorys_encoder_and_head_follow_by_the_momentum() -> None:
+    method = simclr_v2(memory=24)
+    followers = [*method.memory_backbone.parameters(), *method.memory_head.parameters()]
+    sources = [*method.backbone.parameters(), *method.head.parameters()]
+    with torch.no_grad():
+        for source in sources:
+            source += 1
+    before = [one.clone() for one in followers]
+    method.after_step(Now(0, 32, 8), {"momentum": 0.9})
+    for was, now, source in zip(before, followers, sources, strict=True):
+        assert not now.requires_grad
+        torch.testing.assert_close(now, 0.9 * was + 0.1 * source.data)
+
+
 def test_the_memory_takes_both_views_after_the_step() -> None:
     method = simclr_v2(memory=24)
     batch = doubled(batch_for(method))

@@ -98,10 +98,10 @@ def test_the_queue_keeps_each_full_size_view_apart_and_takes_a_batch_after_the_s
 
 @pytest.mark.parametrize(
     ("step", "used"),
-    [(0, False), (2, False), (3, True)],  # 8 images a step fill 20 rows in 3 steps
+    [(0, False), (1, False), (2, True)],  # 8 images a step fill 16 rows in 2 steps
 )
 def test_the_queue_waits_until_it_is_full(step: int, used: bool) -> None:
-    method = swav(**AT_ONCE)
+    method = swav(**{**AT_ONCE, "queue_length": 16})
     batch = doubled(batch_for(method, step=step))
     without = literal(method, list(batch.views), None)
     assert torch.allclose(method(batch)["loss"], without) is not used
