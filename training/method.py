@@ -87,7 +87,10 @@ class Recipe:
 
 
 BOUNDS: tuple[tuple[str, tuple[float, float]], ...] = (
-    (r"_epochs$|_length$|_crops$|_weight$|^(beta|memory|koleo|invariance|variance|covariance)$", (0, math.inf)),
+    (
+        r"_epochs$|_length$|_crops$|_weight$|^(beta|memory|koleo|invariance|variance|covariance)$",
+        (0, math.inf),
+    ),
     (r"temperature|^(epsilon|redundancy|loss_scale)$", (1e-6, math.inf)),
     (r"momentum|_min$|_max$|_least$|_most$|_split$|_decay$", (0, 1)),
     (r"_dim$|_size$|_layers$|_iterations$|^prototypes$", (1, math.inf)),

@@ -89,7 +89,7 @@ def train(method: str, data: str, out: Path, given: Mapping[str, str]) -> Outcom
         if is_main():
             Path(out).mkdir(parents=True, exist_ok=True)
             exits.enter_context(locked(Path(out)))
-        return _train(method, data, Path(out), given, device, exits)
+        return _train(method, data, Path(out), given, device=device, exits=exits)
 
 
 def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to bottom
@@ -97,6 +97,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
     data: str,
     out: Path,
     given: Mapping[str, str],
+    *,
     device: torch.device,
     exits: contextlib.ExitStack,
 ) -> Outcome:

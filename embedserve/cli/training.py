@@ -48,7 +48,7 @@ def train(
 
     Args:
         method: What to train with, such as simclr; --list shows all.
-        data: Folder of images, list of images (CSV, Parquet, JSONL), WebDataset tars, or MNIST or CIFAR files.
+        data: Folder of images, list of them (CSV, Parquet, JSONL), WebDataset tars, MNIST or CIFAR files.
         out: The run's folder, such as runs/first.
         settings: A setting, as in epochs=20; repeatable.
         show: Show the methods or, with a method, everything that can be set for it.
@@ -110,9 +110,8 @@ def evaluate(
         json: Print JSON only.
     """
     with _training_extra("Evaluation"):
-        from training.evaluate.command import run
-
         from training.evaluate import EVALUATIONS, find
+        from training.evaluate import command as evaluation_command
         from training.settings import help_for_class, parse_assignments
 
         if show and name is None:
@@ -129,7 +128,7 @@ def evaluate(
         if encoder is None:
             raise Usage(f"Name the encoder, as in `embedserve eval {name} runs/first`.")
         with progress_bar(name, hidden=json) as progress:
-            result = run(
+            done = evaluation_command.evaluate(
                 evaluation,
                 encoder,
                 data=data,
@@ -139,11 +138,10 @@ def evaluate(
                 progress=progress,
             )
     if json:
-        print_json(result.as_json())
+        print_json(done.document())
     else:
-        print(result.summary())
-        for path in result.files:
-            note(f"written: {path}")
+        print(done.result.summary())
+        note(f"written: {done.json_file} and {done.picture_file}")
     return OK
 
 

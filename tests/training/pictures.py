@@ -30,5 +30,7 @@ def write_pictures(folder: Path, *, classes: int = 2, each: int = 20, size: int 
         for number in range(each):
             coarse = chance.integers(0, 160, (4, 4, 3), np.uint8)
             coarse[..., index % 3] += 90
-            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(inside / f"{number}.png")
+            Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(
+                inside / f"{number}.png"
+            )
     return folder

@@ -26,7 +26,9 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, world: int = 2) -> l
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _run(rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], world: int, folder: str) -> None:
+def _run(
+    rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], world: int, folder: str
+) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)

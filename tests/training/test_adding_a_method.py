@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
 
 @pytest.fixture
-def mean_siam(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    source = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class" in block)
+def mean_siam(monkeypatch: pytest.MonkeyPatch) -> str:
+    source = next(
+        block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class" in block
+    )
     module = types.ModuleType("mean_siam")
     monkeypatch.setitem(sys.modules, "mean_siam", module)  # dataclasses look their module up
     exec(compile(source, str(PAGE), "exec"), module.__dict__)
     monkeypatch.setitem(METHODS, "mean_siam", module.MeanSiam)
-    yield "mean_siam"
+    return "mean_siam"
 
 
 def test_the_example_learns_to_predict_the_mean(mean_siam: str) -> None:

@@ -1,4 +1,4 @@
-"""What holds for every method: it learns, it takes two ranks for one, and all its state is in the checkpoint."""
+"""What holds for every method: it learns, two ranks are as one, and the checkpoint has all its state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def _steps(method: Method[Any], network: Any, optimizer: Any, recipe: Any, steps
         whole = batch_for(method, size=8, seed=step, step=step)
         share = slice(rank() * (8 // world_size()), (rank() + 1) * (8 // world_size()))
         kind = next(method.parameters()).dtype
-        batch = Batch([view[share].to(kind) for view in whole.views], whole.ids[share], whole.now, whole.values)
+        batch = Batch(
+            [view[share].to(kind) for view in whole.views], whole.ids[share], whole.now, whole.values
+        )
         set_rates(optimizer, recipe, batch.now, batch_size=8)
         seed_everything(0, step)
         loss = network(batch)["loss"]
@@ -61,7 +63,7 @@ def _name(method: Method[Any]) -> str:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_moves_every_weight_that_it_trains(name: str) -> None:
     method = tiny_method(name)
-    # A bias that a batch norm follows (BYOL's projector, through its predictor) has no gradient: weights only.
+    # A bias that a batch norm follows (BYOL's projector, through its predictor) has no gradient.
     weights = {key: value for key, value in method.named_parameters() if value.ndim > 1}
     before = {key: value.detach().clone() for key, value in weights.items()}
     losses = train_steps(method, 0, 12)  # longer than anything is frozen at first
@@ -99,7 +101,9 @@ def _weights_after_training(name: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_ranks_train_the_weights_of_one_with_the_joined_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_train_the_weights_of_one_with_the_joined_batch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = torch.get_num_threads()
     losses, alone = _weights_after_training(name)
     torch.set_num_threads(threads)
@@ -107,7 +111,9 @@ def test_two_ranks_train_the_weights_of_one_with_the_joined_batch(name: str, mon
     mean = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
     torch.testing.assert_close(torch.tensor(mean), torch.tensor(losses), rtol=1e-5, atol=1e-6)
     for key, value in alone.items():
-        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            weights[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
         torch.testing.assert_close(others[key], weights[key])
 
 

@@ -50,7 +50,9 @@ def tiny_method(name: str, *, facts: Facts = FACTS, seed: int = 0, **options: An
     """The method on a tiny backbone, with small heads; `options` override its own."""
     kind = find(name)
     torch.manual_seed(seed)
-    backbone = _tiny_vit(facts.size, kind.backbone_options(facts)) if kind.backbone_kind == "vit" else TinyConv()
+    backbone = (
+        _tiny_vit(facts.size, kind.backbone_options(facts)) if kind.backbone_kind == "vit" else TinyConv()
+    )
     suited = kind.Options.suited_to(facts)
     small = {key: min(getattr(suited, key), 32) for key in dir(suited) if key.endswith("_dim")}
     return kind(backbone, type(suited)(**{**_as_dict(suited), **small, **options}), facts)
@@ -67,7 +69,9 @@ def _as_dict(options: Any) -> dict[str, Any]:
     return {name: getattr(options, name) for name in options.__dataclass_fields__}
 
 
-def batch_for(method: Method[Any], *, size: int = 8, seed: int = 0, step: int = 0, facts: Facts = FACTS) -> Batch:
+def batch_for(
+    method: Method[Any], *, size: int = 8, seed: int = 0, step: int = 0, facts: Facts = FACTS
+) -> Batch:
     """A batch of noise with the views that the method asks for."""
     generator = torch.Generator().manual_seed(seed)
     views = type(method).views(Augmentation(), method.options, facts)

@@ -205,8 +205,8 @@ def _segment(
         fold=fold.flatten(),
         progress=progress,
     )
-    # Most patches are ground, so the most accurate head finds too little. The level above which it is object is
-    # the best one for the second scenes of the objects that were learned from.
+    # Most patches are ground, so the most accurate head finds too little. The level above which it is object
+    # is the best one for the second scenes of the objects that were learned from.
     scores = _foreground(head, standard, judged[:train], size)
     share = torch.linspace(0.3, 0.99, 70, device=scores.device)
     levels = scores.flatten()[:: max(1, scores.numel() // 100_000)].quantile(share)

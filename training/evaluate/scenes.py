@@ -88,9 +88,9 @@ def find_cutouts(source: Source, *, most: int, least: int, seed: int, evaluation
 def make_scene(cutout: Image.Image, size: int, chance: np.random.Generator) -> Scene:
     """Pastes an object at a random place and size on a ground of random colours.
 
-    On the white that decoding puts under transparency a mask would be the question of what is not white. The
-    ground has coarse blotches and more or less fine ones, from smooth to noisy, so that neither its colour nor
-    its smoothness gives it away.
+    On the white that decoding puts under transparency a mask would be the question of what is not white.
+    The ground has coarse blotches and more or less fine ones, from smooth to noisy, so that neither its
+    colour nor its smoothness gives it away.
 
     Args:
         cutout: RGBA.

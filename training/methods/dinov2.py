@@ -92,10 +92,6 @@ class DINOv2(Method[DINOv2Options]):
         self.teacher_patch_head = momentum_copy(self.patch_head)
 
     @classmethod
-    def backbone_options(cls, facts: Facts) -> Mapping[str, bool]:
-        return {"mask_token": True}
-
-    @classmethod
     def recipe(cls, facts: Facts) -> Recipe:
         # .004 at a batch of 1,024, in proportion to the root of the batch and not to the batch itself.
         lr = 0.004 * math.sqrt(facts.batch_size / 1024)

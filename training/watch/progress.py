@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Task, TaskID
     from rich.text import Text
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "duration"]
 
 LINE_SECONDS, DECODING_SECONDS, SHOWN_PROBLEMS = 30.0, 0.2, 5
 
@@ -139,7 +139,7 @@ class Progress:
             self._last_line = time.monotonic()
             done = step - self._first_step
             left = (self._last_line - self._started) / done * (self._steps - step) if done else 0.0
-            self._say(f"epoch {epoch:.2f} of {self._epochs} · {self._figures()} · {_duration(left)} left")
+            self._say(f"epoch {epoch:.2f} of {self._epochs} · {self._figures()} · {duration(left)} left")
 
     def measured(self, epoch: float, figures: Mapping[str, float], alarms: Sequence[Alarm]) -> None:
         """A measurement, and the alarms that are new with it."""
@@ -161,7 +161,7 @@ class Progress:
         if step < steps:
             self._say(f"stopped after step {step:,} of {steps:,}{knn}; the same command goes on from there")
             return
-        took = f" in {_duration(time.monotonic() - self._started)}" if step > self._first_step else ""
+        took = f" in {duration(time.monotonic() - self._started)}" if step > self._first_step else ""
         self._say(
             f"finished {steps:,} steps{took}{knn}; '{out / 'README.md'}' shows the run and what comes next"
         )
@@ -201,7 +201,7 @@ def _bar() -> Bar:
         """Time left. A step is too even a thing to need rich's window of the last 30 seconds."""
 
         def render(self, task: Task) -> Text:
-            return Text(f"{_duration(task.time_remaining)} left" if task.time_remaining else "", style="cyan")
+            return Text(f"{duration(task.time_remaining)} left" if task.time_remaining else "", style="cyan")
 
     columns = (
         TextColumn("{task.description}"),
@@ -216,8 +216,8 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
-    """'45 s', '12 min', '3 h 05 min'."""
+def duration(seconds: float) -> str:
+    """A duration for people: '45 s', '12 min', '3 h 05 min'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

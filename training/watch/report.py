@@ -10,6 +10,7 @@ from typing import Any
 
 from training.durable import replacing
 from training.watch.alarms import Alarm
+from training.watch.progress import duration
 
 __all__ = ["write_readme"]
 
@@ -100,11 +101,8 @@ def _duration(record: Record, records: Sequence[Record]) -> str:
             speeds.append(speed)
     if not speeds:
         return ""
-    time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-    if seconds >= 5400:
-        time = f"{seconds / 3600:.1f} h"
     processes = f" with {record['world_size']} processes" if record["world_size"] > 1 else ""
-    return f"; {time}{processes}, {median(speeds):,.0f} images/s (median)"
+    return f"; {duration(seconds)}{processes}, {median(speeds):,.0f} images/s (median)"
 
 
 def _alarms(alarms: Sequence[Alarm]) -> str:
