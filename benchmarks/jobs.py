@@ -30,12 +30,16 @@ import torch
 
 from training.run import read_json, write_json
 
-__all__ = ["Jobs", "Stopped", "Usage", "stop_requested"]
+__all__ = ["LEAST_LIMIT_S", "Jobs", "Stopped", "Usage", "stop_requested"]
 
 STOPPED = 75
 """Exit status of a job that was stopped and has saved what it needs (EX_TEMPFAIL)."""
 GRACE_S = 30.0
 """Seconds before the time limit at which a job is asked to stop."""
+
+
+LEAST_LIMIT_S = 4 * GRACE_S
+"""A time limit below which nothing would be done."""
 
 
 class Stopped(Exception):
@@ -65,8 +69,8 @@ class Jobs:
         for key, then in read_json(file).items():
             if then != wanted.get(key):
                 raise SystemExit(
-                    f"'{self.out}' holds results with {key}={then}, not {wanted.get(key)}; repeat that command "
-                    "to go on, or give another --out."
+                    f"'{self.out}' holds results with {key}={then}, not {wanted.get(key)}; repeat that "
+                    "command to go on, or give another --out."
                 )
 
     def work(self, name: str) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from embedserve.errors import InvalidField
 
 __all__ = [
+    "agreed",
     "all_mean",
     "all_sum",
     "any_rank",
@@ -165,6 +166,15 @@ def in_turn() -> Iterator[None]:
     yield
     if is_main():
         synchronize()
+
+
+def agreed(value: int) -> bool:
+    """Whether all ranks have the same number."""
+    if not dist.is_initialized():
+        return True
+    values: list[int | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return len(set(values)) == 1
 
 
 def any_rank(flag: bool) -> bool:

@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from embedserve.errors import InvalidField
 from training import checkpoint
-from training.backbones import describe
+from training.backbones import Backbone, describe
 from training.batch_norm import synchronize_batch_norms
 from training.batches import Batches
 from training.checkpoint import Best, Checkpoints
 from training.config import TrainConfig
-from training.distributed import any_rank, is_main, process_group, rank, synchronize, world_size
+from training.distributed import agreed, any_rank, is_main, process_group, rank, synchronize, world_size
 from training.method import Batch
 from training.methods import find
 from training.online import OnlineEvaluation
@@ -109,6 +110,12 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
     latest = checkpoints.latest()
     state = checkpoint.load(latest) if latest is not None else None
     first_step = 0 if state is None else int(state["step"])
+    if not agreed(first_step):
+        raise InvalidField(
+            f"Not every machine sees the checkpoints in '{out}' (here the run is at step {first_step}). "
+            "Give an --out on a disk that all machines share.",
+            param="out",
+        )
 
     # --------------------------------------------------------------------------------------- networks
     seed_everything(settings.config.seed, WEIGHTS)
@@ -131,11 +138,11 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
     if world_size() > 1 and config.sync_batch_norm and not method.local_batch_norm:
         synchronize_batch_norms(method, device)
     method.to(device)
-    method.to(memory_format=torch.channels_last)
+    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch annotates only some forms
     if config.compile:
-        method.backbone.compile()
-        for _, momentum in method.momentum_pairs():
-            momentum.compile()
+        for module in method.modules():
+            if isinstance(module, Backbone):  # the momentum encoder's too
+                module.compile()
     network: nn.Module = method
     if world_size() > 1:
         network = DistributedDataParallel(method, forward_sync_buffers=False)

@@ -79,6 +79,27 @@ def test_nothing_is_left_beside_the_file(tmp_path: Path) -> None:
     assert load(tmp_path / "x.pt")["step"] == 2
 
 
+def test_a_file_is_replaced_and_never_overwritten(tmp_path: Path) -> None:
+    save(tmp_path / "x.pt", state(1))
+    os.link(tmp_path / "x.pt", tmp_path / "best.pt")
+    save(tmp_path / "x.pt", state(2))
+    assert load(tmp_path / "best.pt")["step"] == 1
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "x.pt", state(1))
+
+    def interrupted(state: object, file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "x.pt", state(2))
+    assert names(tmp_path) == {"x.pt"}
+    assert load(tmp_path / "x.pt")["step"] == 1
+
+
 def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"state\['figures'\]\['knn'\]\[1\] is a numpy.float64"):
         save(tmp_path / "x.pt", {"figures": {"knn": [0.5, np.float64(0.6)]}})
@@ -336,6 +357,23 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert checkpoints.latest() == checkpoints.folder / "step-00000001.pt"
     assert "step-00000002.pt' is cut short or damaged; the one before it is taken" in caplog.text
+
+
+def test_a_checkpoint_is_looked_through_once_and_again_when_it_was_touched(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop asks for the latest one often, and a large file takes seconds."""
+    looked, really = [], checkpoint._damage
+    monkeypatch.setattr(checkpoint, "_damage", lambda path: (looked.append(path), really(path))[1])
+    path = checkpoints.write(1, state(1))
+    assert [checkpoints.latest(), checkpoints.latest()] == [path, path]
+    assert looked == [], "what was just written is known to be whole"
+    reader = Checkpoints(checkpoints.folder, keep=2)
+    assert [reader.latest(), reader.latest()] == [path, path]
+    assert looked == [path]
+    path.write_bytes(b"torn")
+    with pytest.raises(EmbedServeError, match="damaged"):
+        reader.latest()
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_anew(checkpoints: Checkpoints) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from embedserve.errors import InvalidField
 from tests.training.ranks import on_ranks
 from training.batch_norm import SyncBatchNorm, synchronize_batch_norms
-from training.distributed import all_mean, all_sum, any_rank, gather, process_group, rank, world_size
+from training.distributed import agreed, all_mean, all_sum, any_rank, gather, process_group, rank, world_size
 
 ROWS = torch.arange(12, dtype=torch.float64).view(4, 3).sin()
 
@@ -106,6 +106,15 @@ def _flags() -> tuple[bool, bool]:
 
 def test_all_ranks_learn_of_one_ranks_flag() -> None:
     assert on_ranks(_flags) == [(True, False), (True, False)]
+
+
+def _agreement() -> tuple[bool, bool]:
+    return agreed(7), agreed(rank())
+
+
+def test_ranks_know_whether_they_agree() -> None:
+    assert on_ranks(_agreement) == [(True, False), (True, False)]
+    assert agreed(3)
 
 
 def test_alone_everything_is_the_identity() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from embedserve.errors import InvalidField
@@ -41,6 +42,10 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] → pooled features [B, dim]."""
         return self.features(images)[0]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.nn.Module.compile`, for `features` and with it `forward`."""
+        self.features = torch.compile(self.features, *args, **kwargs)  # type: ignore[method-assign]
 
     def features(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pooled features [B, dim] and the patch map [B, patch_dim, h, w] of one forward pass.

@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from embedserve.errors import BadRequest, EmbedServeError, TooLarge
+from embedserve.errors import BadRequest, TooLarge
 from training.data.ahead import in_order
 from training.data.listing import shown
 from training.data.source import Source
@@ -156,7 +156,7 @@ def _write(source: Source, size: int, part: Path, threads: int, progress: Progre
         out = stack.enter_context((part / "pixels.npy").open("wb")) if size else None
         if out is not None:
             _write_header(out, total, size)
-        if not _is_encoded(source):
+        if not source.encoded:
             threads = 1  # microseconds an image: more would only wait for each other's interpreter lock
         decoded = in_order(partial(_decode, source, size), chunks, threads=threads, ahead=2 * threads)
         stack.callback(decoded.close)
@@ -177,13 +177,6 @@ def _write(source: Source, size: int, part: Path, threads: int, progress: Progre
     index = {"format": FORMAT, "source": source.location, "size": size, "images": total - len(failures)}
     text = json.dumps({**index, "failures": [asdict(one) for one in failures]}, indent=1)
     _write_durably(part / "index.json", lambda file: file.write(text.encode()))
-
-
-def _is_encoded(source: Source) -> bool:
-    try:
-        return isinstance(source.fetch(0), bytes)
-    except (OSError, EmbedServeError):
-        return True
 
 
 def _decode(source: Source, size: int, rows: range) -> Decoded:

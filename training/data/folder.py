@@ -10,7 +10,7 @@ import numpy as np
 
 from embedserve.errors import BadRequest
 from embedserve.folder import Walk, walk
-from training.data.listing import Files, Listing, Skipped, is_test, name_column, shown
+from training.data.listing import Files, Listing, Skipped, counted, is_test, name_column, shown
 
 __all__ = ["list_folder"]
 
@@ -76,7 +76,7 @@ def _nothing_found(folder: Path, tree: Walk) -> str:
         )
     if tree.ignored:
         return (
-            f"'{folder}' holds no image: {tree.ignored:,} other files are in it. "
+            f"'{folder}' holds no image, only {counted(tree.ignored, 'other file')}. "
             "Images are JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF files with such an extension."
         )
     return f"'{folder}' is empty. Give a folder with JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF files."

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedserve.errors import InvalidField, closest
 
-__all__ = ["Fetch", "Files", "Listing", "Skipped", "is_test", "name_column", "shown"]
+__all__ = ["Fetch", "Files", "Listing", "Skipped", "counted", "is_test", "name_column", "shown"]
 
 Fetch = Callable[[int], "bytes | NDArray[np.uint8]"]
 """Row → the bytes of an image file, or decoded pixels: uint8 [height, width] or [height, width, 3].
@@ -38,6 +38,8 @@ class Listing:
     stamps: NDArray[np.int64]
     """[N, 2]: bytes of the image's file and when it was modified, in nanoseconds."""
     fetch: Fetch
+    encoded: bool = True
+    """Whether `fetch` gives the bytes of files that are to be decoded, or pixels."""
     columns: Mapping[str, Column] = field(default_factory=dict)
     """What images can be labelled or grouped by."""
     label: str = ""
@@ -119,6 +121,12 @@ def is_test(word: str) -> bool | None:
     """What the name of a part of a data set says; None when it is no such name."""
     word = word.strip().lower()
     return word in _TEST if word in _TRAIN | _TEST else None
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 image`, `2,000 images`, `3 classes`."""
+    ending = "" if number == 1 else "es" if thing.endswith("s") else "s"
+    return f"{number:,} {thing}{ending}"
 
 
 def shown(words: Iterable[str], most: int = 5) -> str:

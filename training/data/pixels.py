@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -90,7 +90,8 @@ class Pixels:
         self._check(rows)
         if isinstance(self._stored, Tensor):
             return self._stored.index_select(0, torch.from_numpy(rows).to(self.device))
-        return self._gather(rows).to(self.device)
+        with self._readers() as readers:
+            return self._gather(rows, readers).to(self.device)
 
     def prefetch(self, orders: Iterator[Rows]) -> Iterator[Tensor]:
         """The batches of `orders`, in order, made by background threads while the device works.
@@ -99,10 +100,21 @@ class Pixels:
         """
         if isinstance(self._stored, Tensor):
             yield from map(self.batch, orders)
-        elif self.device.type == "cuda":
-            yield from self._prefetch_cuda(orders)
-        else:
-            yield from in_order(self.batch, orders, threads=2, ahead=AHEAD)
+            return
+        readers = self._readers()
+        copies = torch.cuda.Stream(self.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        batches = in_order(partial(self._ahead, readers, copies), orders, threads=2, ahead=AHEAD)
+        try:
+            for batch, copied in batches:
+                if copied is not None:
+                    working = torch.cuda.current_stream(self.device)
+                    working.wait_event(copied)
+                    batch.record_stream(working)  # its memory is not reused before the work on it is done
+                yield batch
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)  # whoever waits for these images ends at once
+            batches.close()
+            readers.shutdown()
 
     def distinct(self) -> int:
         """How many different images are among up to 1,000 that are spread over all of them."""
@@ -115,11 +127,21 @@ class Pixels:
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)} images")
 
-    def _gather(self, rows: Rows) -> Tensor:
+    def _ahead(
+        self, readers: ThreadPoolExecutor, copies: torch.cuda.Stream | None, rows: Rows
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A batch on the device; on a GPU its copy may still be under way on the stream `copies`."""
+        self._check(rows)
+        batch = self._gather(rows, readers)
+        if copies is None:
+            return batch.to(self.device), None
+        with torch.cuda.stream(copies):
+            return batch.to(self.device, non_blocking=True), copies.record_event()
+
+    def _gather(self, rows: Rows, readers: ThreadPoolExecutor) -> Tensor:
         """[B, S, S, 3] in the host's memory, page-locked for a GPU."""
-        batch = torch.empty(
-            (len(rows), self.size, self.size, 3), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )
+        shape = (len(rows), self.size, self.size, 3)
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self._on_gpu)
         into = batch.numpy()
         if isinstance(self._stored, np.ndarray):
             np.take(self._stored, rows, axis=0, out=into, mode="clip")  # checked; "raise" would copy twice
@@ -128,30 +150,17 @@ class Pixels:
         def read(place: int) -> None:
             into[place] = read_square(self.source, int(rows[place]), self.size)
 
-        for _ in self._readers.map(read, range(len(rows))):
+        for _ in readers.map(read, range(len(rows))):
             pass
         return batch
 
-    @cached_property
     def _readers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, thread_name_prefix="embedserve-decode")
+        """Decodes single images; it starts no thread before it is asked to."""
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="embedserve-data-reader")
 
-    def _prefetch_cuda(self, orders: Iterator[Rows]) -> Iterator[Tensor]:
-        """Copies run on a stream of their own, beside the computation."""
-        copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-
-        def make(rows: Rows) -> tuple[Tensor, torch.cuda.Event]:
-            self._check(rows)
-            host = self._gather(rows)
-            with torch.cuda.stream(copies):
-                batch = host.to(self.device, non_blocking=True)
-                return batch, copies.record_event()
-
-        for batch, copied in in_order(make, orders, threads=2, ahead=AHEAD):
-            working = torch.cuda.current_stream(self.device)
-            working.wait_event(copied)
-            batch.record_stream(working)  # its memory is not reused before the work on it is done
-            yield batch
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
 
 def open_pixels(
@@ -193,7 +202,8 @@ def open_pixels(
             param="residence",
         )
     device = torch.device(device)
-    threads = workers or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = workers or cores
     entry = load_or_build(
         source,
         0 if residence == "stream" else size,

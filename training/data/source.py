@@ -27,7 +27,7 @@ from embedserve.errors import BadRequest, EmbedServeError, InvalidField, NotFoun
 from training.data.cifar import is_cifar, list_cifar
 from training.data.folder import list_folder
 from training.data.idx import is_idx, list_idx
-from training.data.listing import Fetch, Listing, Skipped, shown
+from training.data.listing import Fetch, Listing, Skipped, counted, shown
 from training.data.table import is_table, list_table
 from training.data.webdataset import is_webdataset, list_webdataset
 
@@ -60,6 +60,8 @@ class Source:
     stamps: NDArray[np.int64]
     """[N, 2]: bytes of the image's file, and when it was modified in nanoseconds."""
     fetch: Fetch
+    encoded: bool = True
+    """Whether `fetch` gives the bytes of files that are to be decoded, or pixels."""
     skipped: tuple[Skipped, ...] = ()
     """What was found but cannot be used."""
     ignored: int = 0
@@ -89,6 +91,9 @@ class Source:
     def select(self, rows: Rows) -> Source:
         """The images of `rows` (int64 or bool [M]), in that order. Labels and groups keep their numbers."""
         rows = np.arange(len(self))[rows]
+        fetch = _Chosen(self.fetch, rows)
+        if isinstance(self.fetch, _Chosen):
+            fetch = _Chosen(self.fetch.fetch, self.fetch.rows[rows])
         return replace(
             self,
             keys=tuple(self.keys[row] for row in rows),
@@ -96,7 +101,7 @@ class Source:
             groups=None if self.groups is None else self.groups[rows],
             test=self.test[rows],
             stamps=self.stamps[rows],
-            fetch=_Chosen(self.fetch, rows),
+            fetch=fetch,
         )
 
     def read(self, row: int, *, shrink_to: int | None = None) -> Image.Image:
@@ -136,14 +141,16 @@ class Source:
         said = []
         if self.skipped:
             reasons = shown(f"{one.key}: {one.reason}" for one in self.skipped[:3])
-            said.append(f"{len(self.skipped):,} images cannot be used: {reasons}.")
+            said.append(f"{counted(len(self.skipped), 'image')} cannot be used: {reasons}.")
         if self.ignored:
-            said.append(f"{self.ignored:,} files are no images and were passed over.")
+            said.append(f"Passed over {counted(self.ignored, 'file')} that cannot be an image.")
         if self.class_names:
             images = np.bincount(self.labels[self.labels >= 0], minlength=len(self.class_names))
             alone = [name for name, count in zip(self.class_names, images, strict=True) if count == 1]
             if alone:
-                said.append(f"{len(alone):,} classes have a single image: {shown(alone)}.")
+                said.append(
+                    f"A single image is all there is of {counted(len(alone), 'class')}: {shown(alone)}."
+                )
         if self.groups is not None and len(np.unique(self.groups)) == len(self):
             said.append("Every group has a single image, so no image has a partner.")
         return said
@@ -242,6 +249,7 @@ def _source(path: Path, listing: Listing, group_by: str, label_by: str) -> Sourc
         test=test,
         stamps=listing.stamps,
         fetch=listing.fetch,
+        encoded=listing.encoded,
         skipped=tuple(listing.skipped),
         ignored=listing.ignored,
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from embedserve.errors import BadRequest, NotFound
 from embedserve.folder import EXTENSIONS
-from training.data.listing import Column, Listing, Skipped, name_column, shown
+from training.data.listing import Column, Listing, Skipped, counted, name_column, shown
 from training.data.table import as_text
 
 __all__ = ["expand", "is_webdataset", "list_webdataset"]
@@ -200,8 +200,8 @@ class _Found:
                 "tar, so unpack a .tar.gz to a .tar first; a download may have been cut short."
             )
         return (
-            f"'{path}' holds no image: its {self.ignored:,} samples have none of the extensions "
-            f"{', '.join(sorted(EXTENSIONS))}."
+            f"'{path}' holds no image, only {counted(self.ignored, 'sample')} without one. Images have the "
+            f"extensions {', '.join(sorted(EXTENSIONS))}."
         )
 
 

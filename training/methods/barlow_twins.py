@@ -31,11 +31,15 @@ class BarlowTwinsOptions(MethodOptions):
     projection_dim: int = 8192
     """Number of features that are correlated; the paper gains up to 16,384."""
     loss_scale: float = 1.0
-    """Factor on the loss. LARS does not mind the size of gradients; SGD, for small images, does."""
+    """Factor on the loss: 1 for LARS, which minds no large gradients; 1/2048 for small images and SGD."""
 
     @classmethod
     def suited_to(cls, facts: Facts) -> Self:
-        return cls(hidden_dim=2048, projection_dim=2048, loss_scale=0.1) if facts.small else cls()
+        if not facts.small:
+            return cls()
+        # The loss is a sum over features. SGD at the common rate needs their mean: with the sum, the first
+        # steps are so long that the features get worse than those of random weights.
+        return cls(hidden_dim=2048, projection_dim=2048, loss_scale=1 / 2048)
 
 
 class BarlowTwins(Method[BarlowTwinsOptions]):

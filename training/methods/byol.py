@@ -70,7 +70,7 @@ class BYOL(Method[BYOLOptions]):
 
     @classmethod
     def views(cls, augmentation: Augmentation, options: BYOLOptions, facts: Facts) -> tuple[View, ...]:
-        # Inverted colours take more from a small image than they teach; on photographs they are the paper's.
+        # The usual recipe for small images, unlike the paper's for photographs, inverts no colours.
         solarize = 0.0 if facts.small else 0.2
         return (
             augmentation.view(facts.size, blur=1.0),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,15 @@ class DINOOptions(SelfDistillationOptions):
     center_momentum: float = 0.9
     """Share of itself that the centre of the teacher's outputs keeps each step."""
     head_norm: bool = False
-    """Batch norm in the hidden layers of the head, as the authors have it for ResNets."""
+    """Batch norm in the hidden layers of the head: for networks that have batch norm themselves."""
+
+    @classmethod
+    def suited_to(cls, facts: Facts) -> Self:
+        suited = super(DINOOptions, cls).suited_to(facts)
+        if facts.backbone_kind == "vit":
+            return suited
+        # As the authors train ResNets; on small images a crop of less than .4 stays a small one.
+        return replace(suited, head_norm=True, crop_split=suited.crop_split if facts.small else 0.14)
 
 
 class DINO(Method[DINOOptions]):
@@ -57,6 +66,10 @@ class DINO(Method[DINOOptions]):
 
     @classmethod
     def recipe(cls, facts: Facts) -> Recipe:
+        if facts.backbone_kind == "conv":
+            if facts.small:
+                return Recipe(optimizer="sgd", lr=0.12, weight_decay=5e-4, clip=3.0)
+            return Recipe(optimizer="sgd", lr=0.03, weight_decay=1e-4, clip=3.0)
         return Recipe(
             optimizer="adamw",
             lr=5e-4,

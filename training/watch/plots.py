@@ -116,10 +116,10 @@ def _draw(axes: Axes, panel: Panel, curve: Curve, end: float) -> None:
         axes.plot(epochs, _running_median(values), color=BLUE, linewidth=1.8)
     else:
         dots = "o" if len(values) <= DOTS and panel.key != "lr" else ""
-        axes.plot(epochs, values, color=BLUE, linewidth=1.8, marker=dots, markersize=3.5)
+        axes.plot(epochs, values, color=BLUE, linewidth=1.8, marker=dots, markersize=3.5, clip_on=False)
     if panel.key == "knn":
         best = int(values.argmax())
-        axes.plot(epochs[best], values[best], "o", color=GREEN, markersize=7, zorder=3)
+        axes.plot(epochs[best], values[best], "o", color=GREEN, markersize=7, zorder=3, clip_on=False)
         words = f"best {values[best]:.1%}, epoch {epochs[best]:.4g}"
         axes.text(1, 1.035, words, transform=axes.transAxes, ha="right", fontsize=9, color=GREEN)
     _dress(axes, panel, end, highest=float(values.max()))
@@ -138,8 +138,9 @@ def _dress(axes: Axes, panel: Panel, end: float, *, highest: float) -> None:
         low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.08 else 1))
     elif panel.key == "images_per_second":
-        from matplotlib.ticker import StrMethodFormatter
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -34,6 +34,7 @@ PICTURES = {
 }
 ORIGINS = {"set": "**set**", "suited": "follows the data and the machine", "default": "default"}
 SECTIONS = {"config": "Run", "recipe": "Optimiser", "options": "Method", "augmentation": "Views"}
+SETTINGS_HEAD = ("| setting | value | |", "|---|---|---|")
 SHOWN_SKIPPED = 10
 
 
@@ -183,14 +184,24 @@ def _files(folder: Path) -> str:
 
 
 def _settings(record: Record) -> str:
-    lines = ["## Settings"]
+    origins = {**record["origin"], "method": "set", "data": "set"}
+    lines = ["## Settings", "", "Those that differ from the defaults:", "", *SETTINGS_HEAD]
+    for section in SECTIONS:
+        lines += [
+            _setting(key, value, origins.get(key, ""))
+            for key, value in record[section].items()
+            if origins.get(key) in {"set", "suited"}
+        ]
+    lines += ["", "<details><summary>All settings</summary>"]
     for section, title in SECTIONS.items():
-        lines += ["", f"### {title}", "", "| setting | value | |", "|---|---|---|"]
-        for key, value in record[section].items():
-            origin = ORIGINS.get(record["origin"].get(key, ""), "")
-            shown = f"`{_escaped(_value(value))}`" if _value(value) else ""
-            lines.append(f"| {key} | {shown} | {origin} |")
-    return "\n".join(lines)
+        lines += ["", f"### {title}", "", *SETTINGS_HEAD]
+        lines += [_setting(key, value, origins.get(key, "")) for key, value in record[section].items()]
+    return "\n".join([*lines, "", "</details>"])
+
+
+def _setting(key: str, value: object, origin: str) -> str:
+    shown = f"`{_escaped(_value(value))}`" if _value(value) else ""
+    return f"| {key} | {shown} | {ORIGINS.get(origin, '')} |"
 
 
 def _data(record: Record) -> str:
@@ -208,7 +219,7 @@ def _data(record: Record) -> str:
     lines += [f"- {_escaped(str(note))}" for note in encoder.get("notes", ())]
     skipped = data["skipped"]
     if skipped:
-        lines += ["", f"{len(skipped)} files could not be read and were left out:", ""]
+        lines += ["", "Left out, as they could not be read:", ""]
         lines += [f"- `{one['key']}`: {_escaped(one['reason'])}" for one in skipped[:SHOWN_SKIPPED]]
         if len(skipped) > SHOWN_SKIPPED:
             lines.append(f"- … and {len(skipped) - SHOWN_SKIPPED} more, all in config.json.")

@@ -204,6 +204,23 @@ def test_of_processes_that_begin_together_one_builds_and_the_others_wait(folder:
     assert len(entries(cache)) == 1  # and no lock is left
 
 
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process before removes it on its way out, and a third one may already hold its successor."""
+    flock, taken = fcntl.flock, []
+
+    def waiting(file: Any, operation: int) -> None:
+        flock(file, operation)
+        taken.append(file.name)
+        if len(taken) == 1:
+            Path(file.name).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", waiting)
+    built(open_source(folder), cache)
+    assert len(taken) == 2
+
+
 def test_on_a_disk_without_locks_the_first_to_end_wins(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

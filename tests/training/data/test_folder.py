@@ -134,7 +134,7 @@ def test_hidden_files_and_other_files_are_passed_over_and_counted(tmp_path: Path
     source = open_source(tmp_path)
     assert source.keys == ("a.png",)
     assert source.ignored == 1
-    assert source.remarks() == ["1 files are no images and were passed over."]
+    assert source.remarks() == ["Passed over 1 file that cannot be an image."]
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(BadRequest, match=r"holds no image: 1 other files"):
+    with pytest.raises(BadRequest, match=r"holds no image, only 1 other file"):
         open_source(tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_a_part_that_may_not_be_read_is_reported(anyones: Path) -> None:
     (anyones / "shut").chmod(0o000)
     keys, remarks = as_other_user(lambda: ((found := open_source(anyones)).keys, found.remarks()))
     assert keys == ("open/a.png",)
-    assert "1 images cannot be used: 'shut/: folder cannot be listed: Permission denied'." in remarks
+    assert "1 image cannot be used: 'shut/: folder cannot be listed: Permission denied'." in remarks
 
 
 def test_nothing_but_parts_that_may_not_be_read_is_refused(anyones: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_file_that_may_not_be_read_says_so(anyones: Path) -> None:
 
 def test_classes_of_one_image_are_allowed_and_reported(tmp_path: Path) -> None:
     source = open_source(folder_of(tmp_path, ["a/1.png", "a/2.png", "b/3.png"]))
-    assert source.remarks() == ["1 classes have a single image: 'b'."]
+    assert source.remarks() == ["A single image is all there is of 1 class: 'b'."]
 
 
 def test_groups_without_pairs_are_reported(tmp_path: Path) -> None:
@@ -264,6 +264,13 @@ def test_a_copy_of_the_data_has_the_same_fingerprint(tmp_path: Path) -> None:
     os.utime(copy / "a/1.png", (1, 1))
     assert open_source(first).fingerprint == open_source(copy).fingerprint
     assert open_source(first).content != open_source(copy).content
+
+
+def test_a_file_that_was_renamed_is_other_content(tmp_path: Path) -> None:
+    folder_of(tmp_path, ["a.png"])
+    before = open_source(tmp_path).content
+    (tmp_path / "a.png").rename(tmp_path / "b.png")
+    assert open_source(tmp_path).content != before
 
 
 def test_labels_groups_keys_and_sizes_change_the_fingerprint(tmp_path: Path) -> None:

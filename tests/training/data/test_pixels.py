@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,25 @@ def test_closing_a_prefetch_ends_its_threads(source: Source, tmp_path: Path, res
     next(batches)
     assert ours() != []
     batches.close()  # type: ignore[attr-defined]
+    assert ours() == []
+
+
+def test_closing_a_stream_does_not_wait_for_a_whole_batch(tmp_path: Path) -> None:
+    source = open_source(folder_of(tmp_path / "images", ["a.png"]))
+    pixels = opened(source, 8, "stream", tmp_path / "cache")
+    read: list[int] = []
+    fetch = source.fetch
+
+    def slowly(row: int) -> bytes | np.ndarray:
+        time.sleep(0.002)
+        read.append(row)
+        return fetch(row)
+
+    object.__setattr__(pixels.source, "fetch", slowly)
+    batches = pixels.prefetch(iter([np.zeros(1, np.int64), *[np.zeros(1000, np.int64)] * 9]))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert len(read) < 200
     assert ours() == []
 
 

@@ -132,7 +132,7 @@ def test_missing_tars_of_a_pattern_are_named(tmp_path: Path) -> None:
 
 
 def test_tars_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="its 1 samples have none of the extensions"):
+    with pytest.raises(BadRequest, match="only 1 sample without one"):
         open_source(tar(tmp_path / "a.tar", {"1.txt": b"x"}))
 
 

@@ -112,6 +112,7 @@ def test_photographs_have_the_papers_sizes_and_small_images_smaller_ones() -> No
     assert BarlowTwinsOptions.suited_to(PHOTOGRAPHS) == BarlowTwinsOptions()
     small = BarlowTwinsOptions.suited_to(FACTS)
     assert (small.hidden_dim, small.projection_dim) == (2048, 2048)
+    assert small.loss_scale * small.projection_dim == 1
 
 
 def test_the_views_are_byols() -> None:

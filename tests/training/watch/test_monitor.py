@@ -64,10 +64,12 @@ def test_seeing_a_loss_neither_keeps_its_graph_nor_changes_it(monitor: Monitor) 
     monitor.see({"loss": loss})
     assert loss.item() == 2.0
     assert all(not held.requires_grad for held in monitor._sums.values())
-    half = torch.tensor(1000.0, dtype=torch.float16)
+
+
+def test_losses_in_half_precision_are_added_up_in_full(monitor: Monitor) -> None:
     for _ in range(100):
-        monitor.see({"loss": half})
-    assert monitor.read()["loss"] == pytest.approx((4 + 100 * 1000) / 102, rel=1e-6), "added up in float32"
+        monitor.see({"loss": torch.tensor(1000.0, dtype=torch.float16)})
+    assert monitor.read() == {"loss": 1000.0}, "100,000 is no float16"
 
 
 def _read_on_rank() -> dict[str, float]:
@@ -275,6 +277,13 @@ def test_a_resumed_run_says_what_an_uninterrupted_one_does(cut: int) -> None:
     assert said == expected, "to the last bit"
     assert second.alarms == whole.alarms
     assert {one.code for one in whole.alarms} == {"collapsed", "stuck_at_ln_k"}
+
+
+def test_the_highest_rank_is_remembered_over_a_resume() -> None:
+    first, second = Monitor("simclr", classes=0), Monitor("simclr", classes=0)
+    judged(first, (0.5, 100))
+    second.load_state_dict(first.state_dict())
+    assert judged(second, (0.5, 15), (0.5, 15)) == [[], ["dimensional_collapse"]]
 
 
 def test_the_state_is_plain_numbers_and_lists() -> None:
