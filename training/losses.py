@@ -12,11 +12,16 @@ from torch import Tensor
 
 from training.distributed import gather, rank
 from training.precision import full_precision
+from training.queue import FeatureQueue
 
-__all__ = ["info_nce", "nt_xent", "query_key_loss"]
+__all__ = ["info_nce", "nt_xent", "query_key_loss", "queue_loss", "unit"]
 
 NEVER = -1e4
 """A logit that counts as nothing. Not −inf: where all negatives are excluded its gradient would be NaN."""
+
+
+unit = full_precision(F.normalize)
+"""Rows scaled to length 1, in float32 under autocast as well."""
 
 
 @full_precision
@@ -86,6 +91,32 @@ def query_key_loss(
     own = rank() * len(queries) + torch.arange(len(queries), device=queries.device)
     positive = candidates.gather(1, own[:, None])[:, 0]
     return info_nce(positive, candidates, ids[:, None] == gather(ids)[None, :], beta=beta)
+
+
+@full_precision
+def queue_loss(
+    queries: Tensor, keys: Tensor, ids: Tensor, queue: FeatureQueue, *, temperature: float, beta: float = 0.0
+) -> Tensor:
+    """Each query against its key and all rows of the queue, mean over rows (He et al. 2020, eq. 1).
+
+    Rows of the query's own image or group do not count. Rows that are still random count, as in the authors'
+    code: no cosine to them is large, so they repel little, and from nowhere in particular.
+
+    Args:
+        queries: float [B, dim], of any length.
+        keys: float [B, dim], of any length; row i is the positive of query i.
+        ids: int64 [B], one number for each image or group.
+        queue: Rows of earlier steps, with their ids.
+        temperature: τ > 0.
+        beta: As in `info_nce`.
+
+    Returns:
+        float [], in float32 or the float64 of its inputs.
+    """
+    queries, keys = unit(queries), unit(keys)
+    positive = (queries * keys).sum(1) / temperature
+    negatives = queries @ queue.rows.T / temperature
+    return info_nce(positive, negatives, ids[:, None] == queue.ids[None, :], beta=beta)
 
 
 def _log_sum(logits: Tensor, excluded: Tensor) -> Tensor:

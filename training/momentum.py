@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["momentum_copy", "update_momentum"]
+if TYPE_CHECKING:
+    from training.method import Facts
+
+__all__ = ["momentum_copy", "suited_momentum", "update_momentum"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,3 +33,11 @@ def update_momentum(online: nn.Module, target: nn.Module, momentum: float) -> No
     pairs = list(zip(target.parameters(), online.parameters(), strict=True))
     # One fused kernel for all parameters instead of one for each.
     torch._foreach_lerp_([one for one, _ in pairs], [other for _, other in pairs], 1 - momentum)
+
+
+def suited_momentum(most: float, facts: Facts) -> float:
+    """The momentum of an encoder that looks back over a twentieth of the training at most: `most` or less.
+
+    With .999 the momentum encoder is the mean of about 1,000 steps, which may be all there are.
+    """
+    return min(most, max(1 - 20 / (facts.epochs * facts.steps_per_epoch), 0.9))

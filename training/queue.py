@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.distributed import gather
 
-__all__ = ["FeatureQueue"]
+if TYPE_CHECKING:
+    from training.method import Facts
+
+__all__ = ["FeatureQueue", "suited_queue"]
 
 
 class FeatureQueue(nn.Module):
@@ -58,3 +63,11 @@ class FeatureQueue(nn.Module):
             self.next.add_(count).remainder_(len(self))
             self.filled.add_(count).clamp_(max=len(self))
         self._staged.clear()
+
+
+def suited_queue(most: int, facts: Facts) -> int:
+    """Rows of a queue: whole batches, no more than `most` or half the images, but one batch at least.
+
+    A longer one would hold most images twice and the oldest as an encoder of epochs ago saw them.
+    """
+    return max(min(most, facts.images // 2) // facts.batch_size, 1) * facts.batch_size

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from training.backbones import Backbone
 from training.heads import mlp
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.methods.moco import suited_momentum
-from training.momentum import momentum_copy
+from training.momentum import momentum_copy, suited_momentum
 from training.precision import full_precision
 from training.schedules import Schedule, cosine
 from training.views import Augmentation, View

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from training.backbones import Backbone
 from training.heads import mlp
+from training.losses import queue_loss, unit
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.methods.moco import MoCoV2, MoCoV2Options, queue_loss, unit
+from training.methods.moco import MoCoV2, MoCoV2Options
 from training.momentum import momentum_copy
 from training.precision import full_precision
 from training.queue import FeatureQueue

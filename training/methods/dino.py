@@ -15,7 +15,7 @@ from training.method import Batch, Facts, Losses, Method, Recipe
 from training.methods.self_distillation import (
     PrototypeHead,
     SelfDistillationOptions,
-    check_local_size,
+    check_crops,
     class_features,
     distillation_loss,
     multi_crop,
@@ -46,7 +46,7 @@ class DINOOptions(SelfDistillationOptions):
         suited = super(DINOOptions, cls).suited_to(facts)
         if facts.backbone_kind == "vit":
             return suited
-        # As the authors train ResNets; on small images a crop of less than .4 stays a small one.
+        # As the authors train ResNets; but of a small image .14 is a few pixels.
         return replace(suited, head_norm=True, crop_split=suited.crop_split if facts.small else 0.14)
 
 
@@ -58,7 +58,7 @@ class DINO(Method[DINOOptions]):
 
     def __init__(self, backbone: Backbone, options: DINOOptions, facts: Facts) -> None:
         super().__init__(backbone, options, facts)
-        check_local_size(backbone, options)
+        check_crops(backbone, options)
         self.head = PrototypeHead(backbone.dim, options, norm=options.head_norm)
         self.teacher = momentum_copy(backbone)
         self.teacher_head = momentum_copy(self.head)

@@ -18,7 +18,7 @@ from training.method import Batch, Facts, Losses, Method, ParameterRule, Recipe
 from training.methods.self_distillation import (
     PrototypeHead,
     SelfDistillationOptions,
-    check_local_size,
+    check_crops,
     class_features,
     distillation_loss,
     multi_crop,
@@ -84,7 +84,7 @@ class DINOv2(Method[DINOv2Options]):
                 "such as vit_small/16, or train dino.",
                 param="backbone",
             )
-        check_local_size(backbone, options)
+        check_crops(backbone, options)
         self.head = PrototypeHead(backbone.dim, options)
         self.patch_head = PrototypeHead(backbone.patch_dim, options)
         self.teacher = momentum_copy(backbone)

@@ -7,36 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.backbones import Backbone
 from training.distributed import gather, rank
 from training.heads import mlp
-from training.losses import info_nce
+from training.losses import queue_loss, unit
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.momentum import momentum_copy
-from training.precision import full_precision
-from training.queue import FeatureQueue
+from training.momentum import momentum_copy, suited_momentum
+from training.queue import FeatureQueue, suited_queue
 from training.schedules import Schedule, cosine
 from training.views import Augmentation, View
 
-__all__ = [
-    "MoCoOptions",
-    "MoCoV1",
-    "MoCoV2",
-    "MoCoV2Options",
-    "queue_loss",
-    "suited_momentum",
-    "suited_queue",
-    "unit",
-]
+__all__ = ["MoCoOptions", "MoCoV1", "MoCoV2", "MoCoV2Options"]
 
 NORM_IMAGES = 32
 """Images that one batch norm sees with `shuffle_bn`: the paper's 256 over 8 GPUs."""
-
-unit = full_precision(F.normalize)
-"""Rows scaled to length 1, in float32 under autocast as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,48 +165,6 @@ class MoCoV2(MoCoV1):
     @classmethod
     def views(cls, augmentation: Augmentation, options: MoCoOptions, facts: Facts) -> tuple[View, ...]:
         return augmentation.view(facts.size), augmentation.view(facts.size, of="partner")
-
-
-@full_precision
-def queue_loss(
-    queries: Tensor, keys: Tensor, ids: Tensor, queue: FeatureQueue, *, temperature: float, beta: float = 0.0
-) -> Tensor:
-    """Each query against its key and all rows of the queue, mean over rows (He et al. 2020, eq. 1).
-
-    Rows of the query's own image or group do not count. Rows that are still random count, as in the authors'
-    code: no cosine to them is large, so they repel little, and from nowhere in particular.
-
-    Args:
-        queries: float [B, dim], of any length.
-        keys: float [B, dim], of any length; row i is the positive of query i.
-        ids: int64 [B], one number for each image or group.
-        queue: Rows of earlier steps, with their ids.
-        temperature: τ > 0.
-        beta: As in `info_nce`.
-
-    Returns:
-        float [], in float32 or the float64 of its inputs.
-    """
-    queries, keys = unit(queries), unit(keys)
-    positive = (queries * keys).sum(1) / temperature
-    negatives = queries @ queue.rows.T / temperature
-    return info_nce(positive, negatives, ids[:, None] == queue.ids[None, :], beta=beta)
-
-
-def suited_queue(most: int, facts: Facts) -> int:
-    """Rows of a queue: whole batches, no more than `most` or half the images, but one batch at least.
-
-    A longer one would hold most images twice and the oldest as an encoder of epochs ago saw them.
-    """
-    return max(min(most, facts.images // 2) // facts.batch_size, 1) * facts.batch_size
-
-
-def suited_momentum(most: float, facts: Facts) -> float:
-    """The momentum of an encoder that looks back over a twentieth of the training at most: `most` or less.
-
-    With .999 the momentum encoder is the mean of about 1,000 steps, which may be all there are.
-    """
-    return min(most, max(1 - 20 / (facts.epochs * facts.steps_per_epoch), 0.9))
 
 
 def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -13,8 +13,7 @@ from training.backbones import Backbone
 from training.heads import mlp
 from training.losses import query_key_loss
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.methods.moco import suited_momentum
-from training.momentum import momentum_copy
+from training.momentum import momentum_copy, suited_momentum
 from training.schedules import Schedule, cosine
 from training.views import Augmentation, View
 

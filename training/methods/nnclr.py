@@ -10,11 +10,10 @@ from torch import Tensor
 
 from training.backbones import Backbone
 from training.heads import mlp
-from training.losses import query_key_loss
+from training.losses import query_key_loss, unit
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.methods.moco import suited_queue, unit
 from training.precision import full_precision
-from training.queue import FeatureQueue
+from training.queue import FeatureQueue, suited_queue
 from training.views import Augmentation, View
 
 __all__ = ["NNCLR", "NNCLROptions", "nearest"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from embedserve.errors import InvalidField
 from training.backbones import Backbone
 from training.method import Facts, MethodOptions
-from training.methods.moco import suited_momentum
+from training.momentum import suited_momentum
 from training.precision import full_precision
 from training.schedules import Schedule, constant, cosine, warmup
 from training.views import Augmentation, View
@@ -30,7 +30,7 @@ from training.views import Augmentation, View
 __all__ = [
     "PrototypeHead",
     "SelfDistillationOptions",
-    "check_local_size",
+    "check_crops",
     "class_features",
     "distillation_loss",
     "multi_crop",
@@ -79,9 +79,9 @@ class SelfDistillationOptions(MethodOptions):
         default: Any = cls()  # of the subclass, with its own defaults
         # The same memory in images at any batch size: the authors' .996 is for 1,024.
         most = 1 - (1 - default.momentum_start) * min(1, facts.batch_size / 1024)
-        # Too soft a target while the crops of an image hardly agree yet, and the loss never leaves ln K. On 8,192
-        # images of Fashion-MNIST it stayed there for 256 steps with .07 and left it within 100 with .04, which is
-        # the authors' own advice to begin with.
+        # With too soft a target, while the crops of an image hardly agree yet, the loss stays at ln K. On 8,192
+        # images of Fashion-MNIST it was there after 256 steps with .07, and had left it by step 128 with .04,
+        # with which the authors advise to begin.
         short = facts.epochs * facts.steps_per_epoch < LONG
         suited: dict[str, Any] = {
             "teacher_temperature": 0.04 if short else default.teacher_temperature,
@@ -111,8 +111,14 @@ def _local_size(size: int) -> int:
     return max(1, -(-size * 3 // (7 * patch))) * patch
 
 
-def check_local_size(backbone: Backbone, options: SelfDistillationOptions) -> None:
-    """Raises InvalidField when a transformer's patches do not tile the small crops."""
+def check_crops(backbone: Backbone, options: SelfDistillationOptions) -> None:
+    """Raises InvalidField for small crops that patches do not tile, or whose shares are in the wrong order."""
+    if options.local_crops and options.local_min > options.crop_split:
+        raise InvalidField(
+            f"local_min={options.local_min:g} is more than crop_split={options.crop_split:g}, the largest share "
+            "of a small crop; lower the one or raise the other.",
+            param="local_min",
+        )
     patch = getattr(backbone, "patch", 1)
     if options.local_crops and options.local_size % patch:
         above = (options.local_size // patch + 1) * patch

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from training.backbones import Backbone
 from training.distributed import gather
 from training.heads import mlp
-from training.losses import info_nce, nt_xent
+from training.losses import info_nce, nt_xent, unit
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.methods.moco import suited_momentum, unit
-from training.momentum import momentum_copy
+from training.momentum import momentum_copy, suited_momentum
 from training.precision import full_precision
 from training.queue import FeatureQueue
 from training.schedules import Schedule, cosine

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from training.backbones import Backbone
 from training.distributed import rank, world_size
 from training.heads import mlp
+from training.losses import unit
 from training.method import Batch, Facts, Losses, Method, MethodOptions, Recipe
-from training.methods.moco import unit
 from training.precision import full_precision
 from training.queue import FeatureQueue
 from training.schedules import Now

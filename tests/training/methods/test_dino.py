@@ -23,13 +23,14 @@ from training.optim import build_optimizer
 from training.schedules import Now
 from training.views import Augmentation
 
-IMAGENET = Facts(images=1_281_167, size=224, epochs=100, batch_size=1024, steps_per_epoch=1251)
-CIFAR = Facts(images=50_000, size=32, epochs=200, batch_size=512, steps_per_epoch=97)
+CONV = Facts(images=1_281_167, size=224, epochs=100, batch_size=1024, steps_per_epoch=1251)
+IMAGENET = replace(CONV, backbone_kind="vit")
+CIFAR = Facts(images=50_000, size=32, epochs=200, batch_size=512, steps_per_epoch=97, backbone_kind="vit")
 
 
 def dino(kind: str = "vit", **options: Any) -> Any:
     """In float64, with a teacher that differs from the student and a centre that is not zero."""
-    method: Any = tiny_method("dino", **options)
+    method: Any = tiny_method("dino", **{"head_norm": False, **options})
     if kind == "conv":
         method = DINO(TinyConv(), method.options, FACTS)
     torch.manual_seed(1)
@@ -299,11 +300,21 @@ def test_few_images_get_few_prototypes_and_few_steps_a_quick_teacher() -> None:
     assert small.output_dim == 2048
     assert small.local_crops == 4
     assert small.momentum_start == pytest.approx(0.998)
+    assert small.teacher_temperature == 0.04  # 19,400 steps: with .07 the loss stays at ln K
     tiny = DINOOptions.suited_to(Facts(images=640, size=64, epochs=5, batch_size=64, steps_per_epoch=10))
     assert tiny.output_dim == 1024
     assert tiny.momentum_start == 0.9
     assert tiny.teacher_temperature_epochs == pytest.approx(1.5)
     assert tiny.freeze_epochs == pytest.approx(0.5)
+
+
+def test_a_conv_net_is_trained_as_the_authors_train_resnets() -> None:
+    options, recipe = DINOOptions.suited_to(CONV), DINO.recipe(CONV)
+    assert options == replace(DINOOptions(), head_norm=True, crop_split=0.14)
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay) == ("sgd", 0.03, 1e-4)
+    small = replace(CIFAR, backbone_kind="conv")
+    assert DINOOptions.suited_to(small) == replace(DINOOptions.suited_to(CIFAR), head_norm=True)
+    assert DINO.recipe(small).lr == 0.12
 
 
 @pytest.mark.parametrize("size", [8, 16, 28, 32, 40, 48, 64, 96, 112, 128, 160, 224, 256])
@@ -319,6 +330,12 @@ def test_small_crops_that_patches_do_not_tile_are_refused_at_the_start() -> None
         dino(local_size=10)
     DINO(build("test_vit/4", 16), replace(dino().options, local_size=10, local_crops=0), FACTS)
     DINO(TinyConv(), replace(dino().options, local_size=10), FACTS)
+
+
+def test_small_crops_that_are_larger_than_large_ones_are_refused() -> None:
+    with pytest.raises(InvalidField, match=r"local_min=0\.5 is more than crop_split=0\.4"):
+        dino(local_min=0.5)
+    dino(local_min=0.5, local_crops=0)
 
 
 def test_views_are_two_large_crops_and_small_ones_blurred_and_solarised_unequally() -> None:

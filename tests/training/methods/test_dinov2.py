@@ -23,7 +23,9 @@ from training.optim import build_optimizer, set_rates
 from training.schedules import Now
 from training.views import Augmentation
 
-IMAGENET = Facts(images=1_281_167, size=224, epochs=100, batch_size=1024, steps_per_epoch=1251)
+IMAGENET = Facts(
+    images=1_281_167, size=224, epochs=100, batch_size=1024, steps_per_epoch=1251, backbone_kind="vit"
+)
 
 
 def dinov2(**options: Any) -> Any:

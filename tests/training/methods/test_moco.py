@@ -14,8 +14,10 @@ from tests.training.ranks import on_ranks
 from tests.training.tiny import FACTS, batch_for, tiny_method
 from training.batch_norm import synchronize_batch_norms
 from training.distributed import all_mean, rank, world_size
+from training.losses import queue_loss
 from training.method import Batch, Facts
-from training.methods.moco import MoCoOptions, MoCoV1, MoCoV2, MoCoV2Options, queue_loss, suited_momentum
+from training.methods.moco import MoCoOptions, MoCoV1, MoCoV2, MoCoV2Options
+from training.momentum import suited_momentum
 from training.queue import FeatureQueue
 from training.views import Augmentation
 
