@@ -25,6 +25,7 @@ __all__ = [
     "all_mean",
     "all_sum",
     "any_rank",
+    "device_named",
     "gather",
     "in_turn",
     "is_main",
@@ -67,7 +68,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     Raises:
         InvalidField: The device is unknown, or not there.
     """
-    chosen = _device(device)
+    chosen = device_named(device)
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if started:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -80,7 +81,8 @@ def process_group(device: str) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """'auto' (CUDA where there is one), 'cpu', 'cuda' or 'cuda:1'. Raises InvalidField for others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre
+from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre, evaluation_share
 from training.data import Pixels
 from training.evaluate.knn import knn_accuracy
 from training.method import Method
@@ -105,6 +105,5 @@ class OnlineEvaluation:
 def evaluation_views(pixels: Pixels, rows: NDArray[np.int64], size: int) -> Tensor:
     """The centre view of images as serving makes it: float32 [n, 3, size, size], normalised."""
     aspect = torch.from_numpy(pixels.aspect[rows])
-    # Stored larger than it is seen: the margin of 8/7 is cut off, as `Resize(256), CenterCrop(224)` does.
-    share = min(1.0, size / pixels.size)
+    share = evaluation_share(size, pixels.size)
     return centre(pixels.batch(rows), aspect, size, mean=IMAGENET_MEAN, std=IMAGENET_STD, share=share)

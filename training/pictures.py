@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from training.augment import IMAGENET_MEAN, IMAGENET_STD, show
 from training.batches import Batches
 from training.data import Pixels
 from training.online import Measured, OnlineEvaluation, evaluation_views
+from training.views import View
 from training.watch import neighbours_picture, views_picture
 
 __all__ = ["draw_neighbours", "draw_views"]
@@ -30,6 +32,7 @@ def draw_views(path: Path, batches: Batches, size: int) -> None:
         _shown(batches.pixels, rows, size),
         [show(view[:EXAMPLES], IMAGENET_MEAN, IMAGENET_STD).cpu().numpy() for view in views],
         path,
+        names=_view_names(batches.views, size),
     )
 
 
@@ -53,6 +56,13 @@ def draw_neighbours(path: Path, online: OnlineEvaluation, measured: Measured, si
         right,
         path,
     )
+
+
+def _view_names(views: Sequence[View], size: int) -> list[str]:
+    full = sum(view.size == size for view in views)
+    if full == len(views):
+        return []
+    return [f"view {at + 1}" if at < full else f"crop {at + 1 - full}" for at in range(len(views))]
 
 
 def _shown(pixels: Pixels, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from embedserve.errors import Conflict, InvalidField, NotFound
 from training import checkpoint
 from training.backbones import build
 from training.checkpoint import Checkpoints
+from training.durable import replacing
 from training.method import Method
 from training.methods import find
 from training.settings import Settings
@@ -178,11 +178,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a JSON file whole or not at all. Raises EmbedServeError when it cannot be written."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")

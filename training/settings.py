@@ -226,7 +226,11 @@ def resolve(method: str, data: str, given: Mapping[str, str], known: DataFacts) 
     settings = Settings(config, recipe, augmentation, options, facts)
     defaults = {one.name: one.default for owner in set(owners.values()) for one in dataclasses.fields(owner)}
     origin = {
-        key: "set" if key in given else "default" if value == defaults.get(key) else "suited"
+        key: "set"
+        if key in given or key in {"method", "data"}
+        else "default"
+        if value == defaults.get(key)
+        else "suited"
         for key, value in settings.values().items()
     }
     return dataclasses.replace(settings, origin=origin)

@@ -177,6 +177,8 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
     if state is not None:
         monitor.load_state_dict(state["monitor"])
         figures = dict(state["figures"])
+        if is_main() and _is_better(figures, checkpoints.best_mark()):  # killed before it could be marked
+            checkpoints.mark_best(first_step, figures["knn"])
     log = None
     if is_main():
         write_json(out / CONFIG, record)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from training.augment.drawing import Parameters, draw
 from training.augment.geometry import crop_resize
-from training.augment.pipeline import IMAGENET_MEAN, IMAGENET_STD, augment, centre, show
+from training.augment.pipeline import IMAGENET_MEAN, IMAGENET_STD, augment, centre, evaluation_share, show
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -21,5 +21,6 @@ __all__ = [
     "centre",
     "crop_resize",
     "draw",
+    "evaluation_share",
     "show",
 ]

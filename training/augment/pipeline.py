@@ -14,7 +14,7 @@ from training.augment.drawing import Parameters
 from training.augment.geometry import blur, crop_resize
 from training.views import View
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "augment", "centre", "show"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "augment", "centre", "evaluation_share", "show"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -81,6 +81,15 @@ def _augment(pixels: Tensor, size: int, parameters: Parameters, normal: Tensor, 
     images = _only(images, blurred, lambda some: blur(some, sigma))
     images = _only(images, solarized, solarize)
     _normalize(images, normal, out)
+
+
+def evaluation_share(size: int, stored_size: int) -> float:
+    """The share of an image's shorter side that evaluation and serving see, for `centre`.
+
+    7/8 (resize to 256, cut 224) where images are stored larger than they are seen; all of it where they are
+    not, as with small images, whose borders are not to spare.
+    """
+    return 7 / 8 if stored_size > size else 1.0
 
 
 @torch.no_grad()

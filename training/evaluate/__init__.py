@@ -77,6 +77,7 @@ class Evaluation(Generic[S]):
         document = {
             "evaluation": self.name,
             "encoder": encoder.name,
+            "device": str(encoder.device),
             "data": source.name,
             "images": len(source),
             "seconds": round(time.perf_counter() - started, 3),

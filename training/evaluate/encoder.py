@@ -9,6 +9,7 @@ import torch
 from embedserve.bundle import MANIFEST
 from embedserve.errors import InvalidField, NotFound
 from training.backbones import build
+from training.distributed import device_named
 from training.evaluate.bundle import BundleEncoder
 from training.evaluate.embedding import Embedded, EvaluationEncoder
 from training.evaluate.network import NetworkEncoder, PixelEncoder, RunEncoder
@@ -48,7 +49,7 @@ def open_encoder(path: str, *, device: torch.device | str = "auto") -> RunEncode
             f"There is no '{path}'. Name a run's folder, a checkpoint, a bundle's folder, or '{STARTER}'.",
             param="path",
         )
-    return RunEncoder(path, _device(device))
+    return RunEncoder(path, device_named(str(device)))
 
 
 def baselines(encoder: EvaluationEncoder) -> list[EvaluationEncoder]:
@@ -87,17 +88,3 @@ def require_network(encoder: EvaluationEncoder, evaluation: str) -> NetworkEncod
         "Name the folder of the run that the bundle was exported from.",
         param="path",
     )
-
-
-def _device(name: torch.device | str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidField(
-            f"device={name} is unknown; use auto, cpu, cuda or cuda:0.", param="device"
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidField(f"device={name}, but torch sees no GPU; use device=cpu.", param="device")
-    return device

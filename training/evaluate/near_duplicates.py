@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from embedserve.errors import InvalidField
 from training.data import Source
+from training.data.ahead import in_order
 from training.evaluate.drawing import Tile, bars, chart, grid, stack
-from training.evaluate.encoder import EvaluationEncoder
+from training.evaluate.embedding import READERS, EvaluationEncoder
 from training.evaluate.report import PICTURE_ONLY, Progress, silent
 from training.precision import full_precision
 
@@ -40,6 +42,8 @@ Chance = np.random.Generator
 WHITE = (255, 255, 255)
 LONGEST = 1024
 """Pixels of the longer side of a copy, at most: what the web shows, and quick to make."""
+TOGETHER = 64
+"""Images whose copies are made and embedded at a time; they are kept in memory meanwhile."""
 EXAMPLES = 3
 EQUAL = 1e-6
 """Cosines this close are equal: rounding must not decide between two equal images."""
@@ -126,20 +130,48 @@ TRANSFORMATIONS: dict[str, Callable[[Image.Image, Chance], Image.Image]] = {
 """Name → what makes the copy: an RGB image and random numbers in, an RGB image out."""
 
 
+def _copy(image: Image.Image, name: str, seed: int, row: int) -> Image.Image:
+    """A copy of the image that was drawn as number `row`; the same one every time."""
+    place = list(TRANSFORMATIONS).index(name)
+    return TRANSFORMATIONS[name](image, np.random.default_rng((seed, place, row)))
+
+
+def _shrunk(source: Source, row: int) -> Image.Image:
+    image = source.read(row, shrink_to=LONGEST)
+    image.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
+    return image
+
+
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """Fetches transformed copies of a source's images; the same ones every time."""
+    """Fetches the copies of some images: all of the first image, then all of the second, and so on."""
 
-    source: Source
-    transformation: str
+    images: Sequence[Image.Image]
+    first: int
+    """Number of the first image among all that were drawn."""
     seed: int
 
     def __call__(self, row: int) -> NDArray[np.uint8]:
-        image = self.source.read(row, shrink_to=LONGEST)
-        image.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
-        place = list(TRANSFORMATIONS).index(self.transformation)
-        chance = np.random.default_rng((self.seed, place, row))
-        return np.asarray(TRANSFORMATIONS[self.transformation](image, chance))
+        image, place = divmod(row, len(TRANSFORMATIONS))
+        name = list(TRANSFORMATIONS)[place]
+        return np.asarray(_copy(self.images[image], name, self.seed, self.first + image))
+
+
+def _embed_copies(encoder: EvaluationEncoder, originals: Source, seed: int, progress: Progress) -> Tensor:
+    """[images, transformations, dim]. Every image is decoded once."""
+    parts = []
+    for first in range(0, len(originals), TOGETHER):
+        rows = np.arange(first, min(first + TOGETHER, len(originals)))
+        read = partial(_shrunk, originals)
+        images = list(in_order(read, rows.tolist(), threads=READERS, ahead=2 * READERS))
+        many = originals.select(rows.repeat(len(TRANSFORMATIONS)))
+        copies = encoder.embed(replace(many, fetch=_Copies(images, first, seed)), cached=False)
+        if len(copies.source) < len(many):
+            lost = copies.skipped[-1]
+            raise InvalidField(f"A copy of '{lost.key}' cannot be embedded: {lost.reason}", param="data")
+        parts.append(copies.vectors.view(len(rows), len(TRANSFORMATIONS), -1))
+        progress(first + len(rows), len(originals))
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -263,15 +295,8 @@ def evaluate_near_duplicates(
     rows = np.sort(drawn).astype(np.int64)
     originals = source.select(rows)
     places = torch.from_numpy(rows).to(gallery.device)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for done, name in enumerate(TRANSFORMATIONS):
-        altered = replace(originals, fetch=_Copies(originals, name, settings.seed))
-        copies = encoder.embed(altered, cached=False)
-        if len(copies.source) < len(originals):
-            lost = copies.skipped[-1]
-            raise InvalidField(f"'{lost.key}' cannot be embedded once {name}: {lost.reason}", param="data")
-        found[name] = compare(copies.vectors, gallery, places)
-        progress((done + 1) * len(rows), len(TRANSFORMATIONS) * len(rows))
+    copies = _embed_copies(encoder, originals, settings.seed, progress)
+    found = {name: compare(copies[:, place], gallery, places) for place, name in enumerate(TRANSFORMATIONS)}
     recognised = {
         name: Recognition(
             recall_at_1=float((own + EQUAL >= other).double().mean()),
@@ -308,11 +333,8 @@ def _threshold(positive: Tensor, negative: Tensor) -> float:
 
 
 def _examples(originals: Source, seed: int) -> list[list[Tile]]:
-    rows: Sequence[int] = range(min(EXAMPLES, len(originals)))
+    images = [_shrunk(originals, row) for row in range(min(EXAMPLES, len(originals)))]
     return [
-        [
-            Tile(originals.read(row, shrink_to=LONGEST)),
-            *(Tile(Image.fromarray(_Copies(originals, name, seed)(row))) for name in TRANSFORMATIONS),
-        ]
-        for row in rows
+        [Tile(image), *(Tile(_copy(image, name, seed, row)) for name in TRANSFORMATIONS)]
+        for row, image in enumerate(images)
     ]

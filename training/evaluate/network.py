@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre
+from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre, evaluation_share
 from training.backbones import Backbone
 from training.data import Pixels, Residence, Source, open_pixels
 from training.data.ahead import in_order
@@ -118,7 +118,7 @@ class NetworkEncoder:
             float32 [B, 3, size, size] on the device.
         """
         # As in training: images stored larger than they are seen lose that margin (224 of 256).
-        share = min(1.0, self.size / pixels.shape[1])
+        share = evaluation_share(self.size, pixels.shape[1])
         return centre(
             pixels.to(self.device), aspect, self.size, mean=IMAGENET_MEAN, std=IMAGENET_STD, share=share
         )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from embedserve.errors import InvalidField
 from training.backbones import Backbone
-from training.distributed import rank, world_size
+from training.backbones.vision_transformer import VisionTransformer
 from training.koleo import koleo_loss
-from training.masking import block_masks
+from training.masking import Hidden, hide
 from training.method import Batch, Facts, Losses, Method, ParameterRule, Recipe
 from training.methods.self_distillation import (
     PrototypeHead,
@@ -27,17 +27,13 @@ from training.methods.self_distillation import (
 from training.momentum import momentum_copy
 from training.precision import full_precision
 from training.schedules import Now, Schedule
-from training.seeding import generator
 from training.sinkhorn import sinkhorn
 from training.views import Augmentation, View
 
-__all__ = ["DINOv2", "DINOv2Options", "Hidden", "patch_loss"]
+__all__ = ["DINOv2", "DINOv2Options", "patch_loss"]
 
 FULL_VIEWS = 2
 """Views that the teacher sees, and of which the student sees parts hidden."""
-
-MASKS, CROPS = 3, 4
-"""Set the random numbers of masks, and of the crop that is masked, apart from others of the same step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +54,6 @@ class DINOv2Options(SelfDistillationOptions):
     """Factor on the learning rate from each block to the one before; 1 for none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """What is hidden of this rank's full-size crops. The count is known without asking the GPU."""
-
-    masks: Tensor
-    """bool [2 · B, patches]; of the two crops of an image one has hidden patches."""
-    at: Tensor
-    """int64 [M], where masks.flatten() is True."""
-    weights: Tensor
-    """float64 [M]: for a mean over the hidden patches of a crop, then over all 2 · B crops."""
-
-
 class DINOv2(Method[DINOv2Options]):
     paper = "Oquab et al. 2023, arXiv:2304.07193"
     summary = "DINO that also fills in hidden patches; strong features of whole images and of their parts"
@@ -78,13 +62,14 @@ class DINOv2(Method[DINOv2Options]):
 
     def __init__(self, backbone: Backbone, options: DINOv2Options, facts: Facts) -> None:
         super().__init__(backbone, options, facts)
-        if backbone.kind != "vit":
+        if not isinstance(backbone, VisionTransformer):
             raise InvalidField(
                 f"dinov2 hides patches, and '{backbone.name}' has none; set backbone to a vision transformer "
                 "such as vit_small/16, or train dino.",
                 param="backbone",
             )
         check_crops(backbone, options)
+        self.grid = facts.size // backbone.patch  # patches in a row of a full-size view
         self.head = PrototypeHead(backbone.dim, options)
         self.patch_head = PrototypeHead(backbone.patch_dim, options)
         self.teacher = momentum_copy(backbone)
@@ -135,9 +120,11 @@ class DINOv2(Method[DINOv2Options]):
         ]
 
     def loss(self, batch: Batch) -> Losses:
+        options = self.options
         full, local = batch.views[:FULL_VIEWS], batch.views[FULL_VIEWS:]
         crops, images = torch.cat(list(full)), len(full[0])
-        hidden = self._hide(images, crops, batch.now)
+        share = (options.mask_least, options.mask_most)
+        hidden = hide(images, self.grid, self.grid, share=share, step=batch.now.step).to(crops.device)
         targets, patch_targets = self._targets(crops, hidden, batch.values["teacher_temperature"])
 
         tokens, patches = self.backbone.features(crops, hidden.masks)
@@ -145,13 +132,13 @@ class DINOv2(Method[DINOv2Options]):
         outputs = self.head(features).view(len(batch.views), images, -1)
         patch_outputs = self.patch_head(_chosen(patches, hidden.at))
 
-        temperature = self.options.student_temperature
+        temperature = options.student_temperature
         whole = distillation_loss(outputs, targets, temperature=temperature)
         parts = patch_loss(patch_outputs, patch_targets, hidden.weights, temperature=temperature)
         # Crops of one image are not neighbours of each other: each view for itself.
         apart = torch.stack([koleo_loss(view, batch.ids) for view in tokens.chunk(FULL_VIEWS)]).sum()
         return {
-            "loss": whole + parts + self.options.koleo * apart,
+            "loss": whole + parts + options.koleo * apart,
             "dino": whole,
             "ibot": parts,
             "koleo": apart / FULL_VIEWS,
@@ -165,32 +152,6 @@ class DINOv2(Method[DINOv2Options]):
         iterations = self.options.sinkhorn_iterations
         whole, parts = (sinkhorn(one, epsilon=temperature, iterations=iterations) for one in outputs)
         return whole.view(FULL_VIEWS, -1, whole.shape[1]), parts
-
-    def _hide(self, images: int, crops: Tensor, now: Now) -> Hidden:
-        """Masks for this rank's share of the joined batch, the same whether or not there are other ranks.
-
-        The paper masks half of all crops, drawn freely. Here it is one of the two of each image: a crop is
-        masked as often, and all ranks have the same number of masked crops.
-        """
-        patch: int = self.backbone.patch  # type: ignore[assignment]
-        height, width = (side // patch for side in crops.shape[2:])
-        options, everyone = self.options, images * world_size()
-        blocks = block_masks(
-            everyone,
-            height,
-            width,
-            share=(options.mask_least, options.mask_most),
-            generator=generator(MASKS, now.step),
-        )
-        second = torch.rand(everyone, 1, generator=generator(CROPS, now.step)) < 0.5
-        mine = slice(rank() * images, (rank() + 1) * images)
-        blocks, second = blocks[mine], second[mine]
-        masks = torch.cat([blocks & ~second, blocks & second])
-        counts = masks.sum(1)
-        at = masks.flatten().nonzero()[:, 0]
-        # The weight of a crop without hidden patches is infinite, and repeated no times.
-        weights = (1 / (counts.double() * len(masks))).repeat_interleave(counts)
-        return Hidden(*(_moved(one, crops.device) for one in (masks, at, weights)))
 
     def before_step(self, now: Now) -> None:
         if now.epoch < self.options.freeze_epochs:
@@ -225,8 +186,3 @@ def patch_loss(outputs: Tensor, targets: Tensor, weights: Tensor, *, temperature
 def _chosen(patches: Tensor, at: Tensor) -> Tensor:
     """Rows of a patch map: [B, C, h, w] and int64 [M] → [M, C]."""
     return patches.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, at)
-
-
-def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

@@ -79,9 +79,9 @@ class SelfDistillationOptions(MethodOptions):
         default: Any = cls()  # of the subclass, with its own defaults
         # The same memory in images at any batch size: the authors' .996 is for 1,024.
         most = 1 - (1 - default.momentum_start) * min(1, facts.batch_size / 1024)
-        # With too soft a target, while the crops of an image hardly agree yet, the loss stays at ln K. On 8,192
-        # images of Fashion-MNIST it was there after 256 steps with .07, and had left it by step 128 with .04,
-        # with which the authors advise to begin.
+        # With too soft a target, while the crops of an image hardly agree yet, the loss stays at ln K. With
+        # 8,192 images of Fashion-MNIST it was there after 256 steps of .07, and had left it by step 128 of
+        # .04, with which the authors advise to begin.
         short = facts.epochs * facts.steps_per_epoch < LONG
         suited: dict[str, Any] = {
             "teacher_temperature": 0.04 if short else default.teacher_temperature,
@@ -112,11 +112,11 @@ def _local_size(size: int) -> int:
 
 
 def check_crops(backbone: Backbone, options: SelfDistillationOptions) -> None:
-    """Raises InvalidField for small crops that patches do not tile, or whose shares are in the wrong order."""
+    """Raises InvalidField for small crops that patches do not tile, or that begin above `crop_split`."""
     if options.local_crops and options.local_min > options.crop_split:
         raise InvalidField(
-            f"local_min={options.local_min:g} is more than crop_split={options.crop_split:g}, the largest share "
-            "of a small crop; lower the one or raise the other.",
+            f"local_min={options.local_min:g} is more than crop_split={options.crop_split:g}, the largest "
+            "share of a small crop; lower the one or raise the other.",
             param="local_min",
         )
     patch = getattr(backbone, "patch", 1)

@@ -157,7 +157,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         try:
-            import wandb  # type: ignore[import-not-found]
+            import wandb
         except ImportError as error:
             raise InvalidField(
                 f"wandb=true cannot be had: {error}. Install it with `pip install wandb`, or leave the "

@@ -170,9 +170,6 @@ def _commands(folder: Path, record: Record, finished: bool) -> str:
             "# Measure it",
             f"embedserve eval knn {run}",
             f"embedserve eval linear {run}",
-            "# Serve it",
-            f"embedserve export {run} --out {run}/bundle",
-            f"embedserve serve --encoder {run}/bundle",
             "```",
         ]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,32 @@ def test_a_copy_of_two_equal_images_counts_as_recognised():
     result = evaluate_near_duplicates(encoder, source_of([same, same]), DuplicatesSettings())
     assert result.transformations["mirrored"].recall_at_1 == 1
     assert result.transformations["mirrored"].auc == 0.5
+
+
+def test_copies_made_in_parts_are_the_same_and_keep_their_order(tmp_path, monkeypatch):
+    encoder, source = tiny_encoder(tmp_path), _shapes()
+    whole = evaluate_near_duplicates(encoder, source, DuplicatesSettings(images=7))
+    read: list[int] = []
+    fetch = source.fetch
+    counted = replace(source, fetch=lambda row: read.append(row) or fetch(row))
+    monkeypatch.setattr(near_duplicates, "TOGETHER", 3)
+    monkeypatch.setattr(near_duplicates, "EXAMPLES", 0)
+    parts = evaluate_near_duplicates(encoder, counted, DuplicatesSettings(images=7))
+    assert len(read) == 7  # the gallery is in the cache; each image is decoded once for its eleven copies
+    for name, one in whole.transformations.items():
+        assert one.recall_at_1 == parts.transformations[name].recall_at_1
+        assert one.cosine == pytest.approx(parts.transformations[name].cosine, abs=1e-5)
+
+
+def test_each_copy_is_of_the_image_in_its_row(tmp_path):
+    encoder, source = tiny_encoder(tmp_path), _shapes()
+    copies = near_duplicates._embed_copies(encoder, source, 5, lambda done, total: None)
+    for row in (0, 7):
+        for place, name in enumerate(TRANSFORMATIONS):
+            chance = np.random.default_rng((5, place, row))
+            made = np.asarray(TRANSFORMATIONS[name](source.read(row), chance))
+            alone = encoder.embed(source_of([made]), cached=False).vectors[0]
+            torch.testing.assert_close(copies[row, place], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_one_image_is_too_few():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ def test_an_evaluation_writes_its_figures_with_what_they_were_measured_on(tmp_pa
     document = json.loads((out / "knn.json").read_text())
     assert document["evaluation"] == "knn"
     assert (document["encoder"], document["data"], document["images"]) == ("eye", "coloured 0", 80)
+    assert document["device"] == "cpu"
     assert document["settings"] == {"k": 3, "temperature": 0.07, "holdout": 0.25, "baseline": False}
     assert document["result"]["top1"] == result.top1 == 1
     assert (document["result"]["train"], document["result"]["test"]) == (60, 20)
@@ -100,6 +102,9 @@ def test_every_evaluation_can_be_found_and_says_what_it_is():
         assert evaluation.name == name
         assert evaluation.summary
         assert dataclasses.is_dataclass(evaluation.Settings())
+        assert set(get_type_hints(evaluation.Settings)) == {
+            one.name for one in dataclasses.fields(evaluation.Settings)
+        }
     with pytest.raises(NotFound, match="did you mean 'retrieval'"):
         find("retreival")
 

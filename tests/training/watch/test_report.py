@@ -94,14 +94,12 @@ def test_an_interrupted_run_tells_the_command_that_goes_on(tmp_path: Path) -> No
     ]
 
 
-def test_a_finished_run_tells_how_to_measure_serve_and_repeat_it(tmp_path: Path) -> None:
+def test_a_finished_run_tells_how_to_measure_and_repeat_it(tmp_path: Path) -> None:
     again, *others = commands(readme(tmp_path))
     assert again[again.index("--out") + 1] == f"{tmp_path}-again"
     assert others == [
         ["embedserve", "eval", "knn", str(tmp_path)],
         ["embedserve", "eval", "linear", str(tmp_path)],
-        ["embedserve", "export", str(tmp_path), "--out", f"{tmp_path}/bundle"],
-        ["embedserve", "serve", "--encoder", f"{tmp_path}/bundle"],
     ]
 
 
