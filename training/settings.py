@@ -224,13 +224,11 @@ def resolve(method: str, data: str, given: Mapping[str, str], known: DataFacts) 
     augmentation = build(Augmentation, Augmentation.suited_to(config.size))
     options = build(kind.Options, kind.Options.suited_to(facts))
     settings = Settings(config, recipe, augmentation, options, facts)
-    defaults = {one.name: one.default for owner in set(owners.values()) for one in dataclasses.fields(owner)}
+    classes = (TrainConfig, Recipe, Augmentation, kind.Options)
+    defaults = {one.name: one.default for owner in classes for one in dataclasses.fields(owner)}
+    asked = {"method", "data", *given}
     origin = {
-        key: "set"
-        if key in given or key in {"method", "data"}
-        else "default"
-        if value == defaults.get(key)
-        else "suited"
+        key: "set" if key in asked else "default" if value == defaults.get(key) else "suited"
         for key, value in settings.values().items()
     }
     return dataclasses.replace(settings, origin=origin)

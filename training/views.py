@@ -94,6 +94,7 @@ class Augmentation:
         blur: float | None = None,
         solarize: float = 0.0,
         of: Literal["image", "partner"] = "image",
+        full_size: int | None = None,
     ) -> View:
         """A view of `size` pixels.
 
@@ -103,7 +104,10 @@ class Augmentation:
                 blur is switched off.
             solarize: As in `View`.
             of: As in `View`.
+            full_size: For a small crop, pixels of the full-size views beside it: it is blurred by as many
+                pixels as they are (SwAV and DINO).
         """
+        wider = 1.0 if full_size is None else full_size / size
         return View(
             size=size,
             scale=(self.crop_min, 1.0) if scale is None else scale,
@@ -112,7 +116,7 @@ class Augmentation:
             jitter_probability=self.jitter,
             grayscale=self.grayscale,
             blur=blur if blur is not None and self.blur > 0 else self.blur,
-            blur_sigma=(0.1, 2.0),
+            blur_sigma=(0.1 * wider, 2.0 * wider),
             solarize=solarize,
             of=of,
         )

@@ -41,7 +41,7 @@ class EpochOrder:
         self.images, self.batch, self.seed = images, batch, _checked(seed)
         self.steps_per_epoch = images // batch
         """An incomplete last batch is dropped; the images that miss out differ from epoch to epoch."""
-        self._current: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._recent: dict[int, NDArray[np.int64]] = {}
 
     def rows(self, step: int) -> NDArray[np.int64]:
         """The images of a step that is counted from the start of the run, 0 first: int64 [batch]."""
@@ -50,11 +50,12 @@ class EpochOrder:
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """All images in the order of an epoch: int64 [images]. Not to be written to."""
-        cached, order = self._current
-        if cached != epoch:
+        order = self._recent.get(epoch)
+        if order is None:
             words = _words(self.images, _ORDER, self.seed, epoch)
             order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
-            self._current = (epoch, order)
+            # Two are kept: batches that are made ahead are in the next epoch while this one still goes on.
+            self._recent = {one: self._recent[one] for one in list(self._recent)[-1:]} | {epoch: order}
         return order
 
 

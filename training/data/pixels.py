@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -93,7 +93,7 @@ class Pixels:
         with self._readers() as readers:
             return self._gather(rows, readers).to(self.device)
 
-    def prefetch(self, orders: Iterator[Rows]) -> Iterator[Tensor]:
+    def prefetch(self, orders: Iterator[Rows]) -> Generator[Tensor, None, None]:
         """The batches of `orders`, in order, made by background threads while the device works.
 
         Close the iterator to stop them (dropping it does so too). An error is raised at its batch.

@@ -138,10 +138,11 @@ def multi_crop(
     The full-size crops are blurred unequally and the second is solarised, as in BYOL.
     """
     split, local = options.crop_split, (options.local_min, options.crop_split)
+    crop = augmentation.view(options.local_size, scale=local, blur=0.5, full_size=facts.size)
     return (
         augmentation.view(facts.size, scale=(split, 1.0), blur=1.0),
         augmentation.view(facts.size, scale=(split, 1.0), blur=0.1, solarize=0.2, of="partner"),
-        *[augmentation.view(options.local_size, scale=local, blur=0.5)] * options.local_crops,
+        *[crop] * options.local_crops,
     )
 
 

@@ -100,8 +100,8 @@ class SwAV(Method[SwAVOptions]):
     @classmethod
     def views(cls, augmentation: Augmentation, options: SwAVOptions, facts: Facts) -> tuple[View, ...]:
         scale = (options.local_min, options.local_max)
-        image = augmentation.view(options.local_size, scale=scale)
-        partner = augmentation.view(options.local_size, scale=scale, of="partner")
+        image = augmentation.view(options.local_size, scale=scale, full_size=facts.size)
+        partner = replace(image, of="partner")
         local = [partner if index % 2 else image for index in range(options.local_crops)]
         return augmentation.view(facts.size), augmentation.view(facts.size, of="partner"), *local
 

@@ -112,3 +112,14 @@ def test_partners_of_a_shuffled_batch_with_repeats_are_of_their_groups() -> None
 
 def test_without_groups_every_image_is_its_own_partner() -> None:
     assert Partners(None, seed=0).rows(np.array([3, 1]), 0).tolist() == [3, 1]
+
+
+def test_looking_ahead_into_the_next_epoch_does_not_draw_this_one_anew() -> None:
+    order = EpochOrder(10, 5, seed=0)
+    first = order.permutation(0)
+    assert order.permutation(1) is not first
+    assert order.permutation(0) is first
+    order.permutation(2)
+    order.permutation(3)
+    assert order.permutation(0) is not first
+    assert order.permutation(0).tolist() == first.tolist()

@@ -170,7 +170,7 @@ def test_closing_a_prefetch_ends_its_threads(source: Source, tmp_path: Path, res
     batches = opened(source, 8, residence, tmp_path / "cache").prefetch(steps(EpochOrder(9, 3, 0), 1000))
     next(batches)
     assert ours() != []
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert ours() == []
 
 
@@ -188,7 +188,7 @@ def test_closing_a_stream_does_not_wait_for_a_whole_batch(tmp_path: Path) -> Non
     object.__setattr__(pixels.source, "fetch", slowly)
     batches = pixels.prefetch(iter([np.zeros(1, np.int64), *[np.zeros(1000, np.int64)] * 9]))
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert len(read) < 200
     assert ours() == []
 

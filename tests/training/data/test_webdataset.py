@@ -85,7 +85,7 @@ def test_members_in_folders_can_be_grouped_by_them(tmp_path: Path) -> None:
 
 def test_the_plain_image_of_a_sample_is_taken_and_samples_without_are_counted(tmp_path: Path) -> None:
     members = {
-        "1.mask.png": encoded(picture(9)),
+        "1.depth.png": encoded(picture(9)),
         "1.jpg": encoded(picture(1), "JPEG"),
         "2.txt": b"no image",
         "._3.png": b"what a Mac leaves behind",

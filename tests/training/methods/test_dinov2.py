@@ -171,6 +171,7 @@ def test_masks_change_from_step_to_step_and_are_the_same_again_when_a_step_is_re
     )
     assert torch.equal(first, again)
     assert not torch.equal(first.any(0), second.any(0))  # other patches, not just of the other crop
+    assert not torch.equal(first.any(2), second.any(2))  # and other crops
 
 
 def masks_on_ranks(images: int) -> Tensor:
