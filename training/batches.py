@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,8 +70,7 @@ class Batches:
 
     def from_step(self, step: int, steps: int) -> Generator[Part, None, None]:
         """The parts of every step from `step` to the last; close it when leaving early."""
-        pixels = self.pixels.prefetch(self._wanted(step, steps))
-        try:
+        with contextlib.closing(self.pixels.prefetch(self._wanted(step, steps))) as pixels:
             while step < steps:
                 chosen, partners = self._choose(step)
                 parameters = self._draw(step, chosen, partners)
@@ -78,10 +78,6 @@ class Batches:
                     mine = self._mine(part)
                     yield self._part(next(pixels), chosen[mine], [one.rows(mine) for one in parameters], part)
                 step += 1
-        finally:
-            close = getattr(pixels, "close", None)
-            if close is not None:
-                close()
 
     def _choose(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Positions in `rows`, for the joined batch: the images, and their partners."""
