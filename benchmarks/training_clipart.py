@@ -64,7 +64,7 @@ def main() -> None:
         return
     jobs.require({key: getattr(arguments, key) for key in KEPT})
     count = draw_pictures(Path(arguments.data), jobs.out / "pictures", arguments)
-    names = [f"{method}-{start}" for method in METHODS for start in STARTS]
+    names = [f"{method}-{start}" for method in arguments.methods.split(",") for start in STARTS]
     ended = jobs.run(names, time_limit=arguments.time_limit)
     results = {name: found for name in names if (found := jobs.result(name)) is not None}
     report = [
@@ -88,6 +88,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--methods", default=",".join(METHODS), help="names with commas between them")
     add("--data", default=str(clipart.DEFAULT_FOLDER), help="the folder of openclipart-png")
     add("--images", type=int, default=0 if on_gpu else 600, help="pictures that are drawn; 0: all")
     add("--size", type=int, default=128 if on_gpu else 64, help="pixels of a side")

@@ -88,7 +88,7 @@ def main() -> None:
         "",
         *table(results),
         "",
-        *(f"- {line}" for line in verdicts(results)),
+        *(f"- {line}" for line in verdicts(results, arguments.test_images)),
     ]
     print("\n" + "\n".join(report))
     if arguments.json:
@@ -305,15 +305,26 @@ def table(results: Mapping[str, Result]) -> list[str]:
     header = ["features of", "network", *MEASURES.values(), "minutes", "GB"]
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
     for name, found in results.items():
-        cells = [name.replace(PEER, "lightly's ").replace("-", " "), found["network"]]
+        cells = [shown(name), found["network"]]
         cells += [f"{found[key]:.1%}" if key in found else "–" for key in MEASURES]
         cells += [f"{found[key]:.1f}" if key in found else "–" for key in ("minutes", "gb")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def verdicts(results: Mapping[str, Result]) -> list[str]:
-    """Which of the aims hold, each in a sentence: above what learned nothing, and not below lightly."""
+def shown(name: str) -> str:
+    """A job's name for people."""
+    if name.startswith(PEER):
+        return f"lightly's {name.removeprefix(PEER)}"
+    return {PIXELS: "raw pixels"}.get(name, "random weights" if name.startswith(RANDOM) else name)
+
+
+def verdicts(results: Mapping[str, Result], test_images: int) -> list[str]:
+    """Which of the aims hold, each in a sentence: above what learned nothing, and not below lightly.
+
+    Args:
+        test_images: How many there are, for how far chance may move a difference.
+    """
     ours = {name: found for name, found in results.items() if name in METHODS}
     lines = [
         _above("raw pixels", ours, {name: results.get(PIXELS) for name in ours}),
@@ -333,6 +344,11 @@ def verdicts(results: Mapping[str, Result]) -> list[str]:
             f"{name} is {'not' if holds else 'MORE THAN'} {100 * MOST_BEHIND:.1f} points below lightly's: "
             + ", ".join(f"{words} {100 * one:+.1f}" for words, one in ahead.items())
         )
+    error = (2 * 0.8 * 0.2 / test_images) ** 0.5
+    lines.append(
+        f"one standard error of a difference between two figures near 80%: {100 * error:.1f} points, for "
+        f"{test_images:,} test images; other seeds move it as well"
+    )
     return lines
 
 
