@@ -45,7 +45,8 @@ def require_lightly() -> str:
             import lightly
     except ImportError as error:
         raise SystemExit(
-            f"The comparison needs lightly ({error}): pip install -c constraints.txt lightly"
+            f"The comparison needs lightly ({error}): pip install -c constraints.txt lightly, or do "
+            "without it (training_speed: --no-peer; training_quality: --peers '')"
         ) from None
     version: str = lightly.__version__
     return version

@@ -341,8 +341,11 @@ def verdicts(results: Mapping[str, Result], test_images: int) -> list[str]:
         ahead = {words: found[key] - peer[key] for key, words in MEASURES.items()}
         holds = all(ahead[MEASURES[key]] >= -MOST_BEHIND for key in DECIDING)
         lines.append(
-            f"{name} is {'not' if holds else 'MORE THAN'} {100 * MOST_BEHIND:.1f} points below lightly's: "
+            f"{name} at most {100 * MOST_BEHIND:.1f} points below lightly's: "
+            + ("holds" if holds else "DOES NOT HOLD")
+            + " ("
             + ", ".join(f"{words} {100 * one:+.1f}" for words, one in ahead.items())
+            + ")"
         )
     error = (2 * 0.8 * 0.2 / test_images) ** 0.5
     lines.append(

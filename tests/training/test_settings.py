@@ -43,6 +43,12 @@ def test_the_size_follows_the_images_and_is_bounded_without_a_gpu() -> None:
     assert image_sizes({"size": "96", "stored_size": "100"}, 600, on_gpu=False) == (96, 100)
 
 
+def test_trained_weights_are_moved_with_a_tenth_of_the_learning_rate() -> None:
+    anew, further = resolve("simclr", "x", {}, SOME), resolve("simclr", "x", {"start": "starter"}, SOME)
+    assert further.recipe.lr == pytest.approx(anew.recipe.lr / 10)
+    assert resolve("simclr", "x", {"start": "starter", "lr": "0.3"}, SOME).recipe.lr == 0.3
+
+
 def test_epochs_and_batch_follow_the_number_of_images() -> None:
     few = resolve("simclr", "x", {}, dataclasses.replace(SOME, images=40))
     many = resolve("simclr", "x", {}, dataclasses.replace(SOME, images=60_000, on_gpu=True, native_size=28))
