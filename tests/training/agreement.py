@@ -15,7 +15,7 @@ from training.batch_norm import synchronize_batch_norms
 from training.distributed import rank, world_size
 from training.method import Batch, Method
 
-__all__ = ["assert_same_gradients", "assert_two_ranks_train_as_one", "doubled"]
+__all__ = ["assert_same_gradients", "assert_two_ranks_train_as_one", "doubled", "gradients"]
 
 
 def doubled(batch: Batch) -> Batch:
@@ -23,7 +23,7 @@ def doubled(batch: Batch) -> Batch:
     return replace(batch, views=[view.double() for view in batch.views])
 
 
-def _gradients(method: Method[Any], loss: Tensor) -> dict[str, Tensor]:
+def gradients(method: Method[Any], loss: Tensor) -> dict[str, Tensor]:
     """The gradient of each parameter that has one."""
     method.zero_grad(set_to_none=True)
     loss.backward()
@@ -35,7 +35,7 @@ def _gradients(method: Method[Any], loss: Tensor) -> dict[str, Tensor]:
 def assert_same_gradients(method: Method[Any], loss: Tensor, expected: Tensor) -> None:
     """Both losses have one value and one gradient for every parameter that learns."""
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-10)
-    found, wanted = _gradients(method, loss), _gradients(method, expected)
+    found, wanted = gradients(method, loss), gradients(method, expected)
     assert found.keys() == wanted.keys()
     assert any(one.abs().max() > 1e-6 for one in wanted.values())
     for name, one in wanted.items():

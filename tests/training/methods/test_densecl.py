@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.training.agreement import doubled, gradients
 from tests.training.ranks import on_ranks
 from tests.training.tiny import FACTS, batch_for, tiny_method
 from training.batch_norm import synchronize_batch_norms
@@ -36,14 +37,7 @@ def densecl(**options: Any) -> Any:
 
 
 def batch_of(method: Any, size: int = 8) -> Batch:
-    batch = batch_for(method, size=size)
-    return replace(batch, views=[view.double() for view in batch.views])
-
-
-def gradients(method: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    method.zero_grad()
-    loss.backward()
-    return {name: one.grad.clone() for name, one in method.named_parameters() if one.grad is not None}
+    return doubled(batch_for(method, size=size))
 
 
 # ---------------------------------------------------------------- the loss

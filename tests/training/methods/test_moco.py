@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.training.agreement import gradients
 from tests.training.ranks import on_ranks
 from tests.training.tiny import FACTS, batch_for, tiny_method
 from training.batch_norm import synchronize_batch_norms
@@ -43,12 +44,6 @@ def moco(name: str = "moco_v2", **options: Any) -> Any:
 def batch_of(method: Any, size: int = 8, step: int = 0) -> Batch:
     batch = batch_for(method, size=size, step=step)
     return replace(batch, views=[view.double() for view in batch.views])
-
-
-def gradients(method: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    method.zero_grad()
-    loss.backward()
-    return {name: one.grad.clone() for name, one in method.named_parameters() if one.grad is not None}
 
 
 # ---------------------------------------------------------------- the loss

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.training.agreement import doubled, gradients
 from tests.training.ranks import on_ranks
 from tests.training.tiny import FACTS, batch_for, tiny_method
 from training.backbones import build
@@ -34,14 +35,7 @@ def moco_v3(**options: Any) -> Any:
 
 
 def batch_of(method: Any, size: int = 6) -> Batch:
-    batch = batch_for(method, size=size)
-    return replace(batch, views=[view.double() for view in batch.views])
-
-
-def gradients(method: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    method.zero_grad()
-    loss.backward()
-    return {name: one.grad.clone() for name, one in method.named_parameters() if one.grad is not None}
+    return doubled(batch_for(method, size=size))
 
 
 def literal_loss(queries: Tensor, keys: Tensor, ids: Tensor, temperature: float, beta: float) -> Tensor:
