@@ -2,7 +2,7 @@
 
     OUT/settings.json        what is measured; a call with other settings is refused
     OUT/results/NAME.json    what a job found: it is not run again
-    OUT/work/NAME/           what a job goes on from when it was stopped
+    OUT/unfinished/NAME/     what a job goes on from when it was stopped
     OUT/logs/NAME.txt        what it printed
 
 A benchmark calls itself once for each job, with its own arguments and `--only NAME`. A time limit stops the
@@ -75,7 +75,7 @@ class Jobs:
 
     def work(self, name: str) -> Path:
         """The folder of a job, made when missing."""
-        folder = self.out / "work" / name
+        folder = self.out / "unfinished" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
