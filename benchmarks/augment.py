@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from training import torchvision_ops
-from training.augment import IMAGENET_MEAN, IMAGENET_STD, augment, draw
+from training.augment import IMAGENET_MEAN, IMAGENET_STD, augment, draw, plan
 from training.views import Augmentation, View
 
 torchvision_ops.register()
@@ -105,7 +105,8 @@ def two_views(view: View, stored: Tensor) -> Callable[[], None]:
 
     def make() -> None:
         for _ in range(2):
-            augment(stored, view, draw(view, aspect, generator), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+            drawn = draw(view, aspect, generator)
+            augment(stored, plan(view, drawn, stored_size=stored.shape[1], device=stored.device))
 
     return make
 

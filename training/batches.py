@@ -11,13 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.augment import IMAGENET_MEAN, IMAGENET_STD, Parameters, augment, draw
+from training.augment import Parameters, Plan, augment, draw, plan
 from training.data import EpochOrder, Partners, Pixels
+from training.data.ahead import in_order
 from training.distributed import rank, world_size
 from training.seeding import generator
 from training.views import View
 
 __all__ = ["Batches", "Part"]
+
+AHEAD = 2
+"""Steps that are drawn before their turn."""
 
 VIEWS = 1
 """Sets the views' random numbers apart from others of the same seed and step."""
@@ -33,11 +37,21 @@ class Part:
     """Whether the step's batch is complete with this part."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """All of a part that the CPU works out."""
+
+    plans: list[Plan]
+    ids: Tensor
+    last: bool
+
+
 class Batches:
     """The batches of a run from any step on; nothing of it needs to be saved.
 
     Order, partners and views are drawn for the joined batch of all ranks from (seed, step), and each rank
-    takes its share: several ranks see exactly what one would.
+    takes its share: several ranks see exactly what one would. A background thread draws the steps that come
+    while the device works on this one.
 
     Args:
         pixels: All images.
@@ -67,17 +81,17 @@ class Batches:
         self._groups = group[rows] if groups and group is not None else None
         self._partners = Partners(self._groups, seed)
         self._share = batch_size // parts // world_size()
+        self._rank, self._ranks = rank(), world_size()
 
     def from_step(self, step: int, steps: int) -> Generator[Part, None, None]:
         """The parts of every step from `step` to the last; close it when leaving early."""
-        with contextlib.closing(self.pixels.prefetch(self._wanted(step, steps))) as pixels:
-            while step < steps:
-                chosen, partners = self._choose(step)
-                parameters = self._draw(step, chosen, partners)
-                for part in range(self.parts):
-                    mine = self._mine(part)
-                    yield self._part(next(pixels), chosen[mine], [one.rows(mine) for one in parameters], part)
-                step += 1
+        with (
+            contextlib.closing(self.pixels.prefetch(self._wanted(step, steps))) as pixels,
+            contextlib.closing(in_order(self._work, range(step, steps), threads=1, ahead=AHEAD)) as works,
+        ):
+            for parts in works:
+                for work in parts:
+                    yield self._part(next(pixels), work)
 
     def _choose(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Positions in `rows`, for the joined batch: the images, and their partners."""
@@ -85,7 +99,7 @@ class Batches:
         return chosen, self._partners.rows(chosen, step) if self._groups is not None else chosen
 
     def _mine(self, part: int) -> slice:
-        start = (part * world_size() + rank()) * self._share
+        start = (part * self._ranks + self._rank) * self._share
         return slice(start, start + self._share)
 
     def _wanted(self, step: int, steps: int) -> Iterator[NDArray[np.int64]]:
@@ -96,23 +110,28 @@ class Batches:
                 both = [chosen[mine]] if self._groups is None else [chosen[mine], partners[mine]]
                 yield self.rows[np.concatenate(both)]
 
+    def _work(self, step: int) -> list[_Work]:
+        """What the CPU can do of a step before its turn: this rank's share of every part."""
+        chosen, partners = self._choose(step)
+        parameters = self._draw(step, chosen, partners)
+        ids = chosen if self._groups is None else self._groups[chosen]
+        works = []
+        for part in range(self.parts):
+            mine = self._mine(part)
+            plans = [
+                plan(view, one.rows(mine), stored_size=self.pixels.size, device=self.pixels.device)
+                for view, one in zip(self.views, parameters, strict=True)
+            ]
+            works.append(_Work(plans, self.pixels.sendable(ids[mine]), last=part == self.parts - 1))
+        return works
+
     def _draw(self, step: int, chosen: NDArray[np.int64], partners: NDArray[np.int64]) -> list[Parameters]:
         source = generator(self.seed, VIEWS, step)
         aspect = torch.from_numpy(self.pixels.aspect[self.rows])
         of = {"image": aspect[chosen], "partner": aspect[partners]}
         return [draw(view, of[view.of], source) for view in self.views]
 
-    def _part(
-        self, pixels: Tensor, chosen: NDArray[np.int64], parameters: Sequence[Parameters], part: int
-    ) -> Part:
+    def _part(self, pixels: Tensor, work: _Work) -> Part:
         of = {"image": pixels[: self._share], "partner": pixels[-self._share :]}
-        views = [
-            augment(of[view.of], view, one, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-            for view, one in zip(self.views, parameters, strict=True)
-        ]
-        ids = chosen if self._groups is None else self._groups[chosen]
-        return Part(
-            views,
-            torch.from_numpy(ids).to(pixels.device, non_blocking=True),
-            last=part == self.parts - 1,
-        )
+        views = [augment(of[view.of], one) for view, one in zip(self.views, work.plans, strict=True)]
+        return Part(views, work.ids.to(pixels.device, non_blocking=True), work.last)

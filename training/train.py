@@ -211,7 +211,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
     # ------------------------------------------------------------------------------------------- loop
     step, measured = first_step, None
     rates: dict[str, float] = {"lr": 0.0}
-    parts = batches.from_step(first_step, steps)
+    parts = exits.enter_context(contextlib.closing(batches.from_step(first_step, steps)))
     with (
         _stop_requested() as stop,
         progress.running(steps, first_step, config.batch_size, facts.steps_per_epoch),

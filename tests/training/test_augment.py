@@ -23,6 +23,7 @@ from training.augment import (  # noqa: E402
     centre,
     draw,
     pipeline,
+    plan,
     show,
 )
 from training.views import Augmentation, View  # noqa: E402
@@ -50,7 +51,8 @@ def drawn(view: View, count: int, seed: int = 0) -> Parameters:
 
 
 def view_of(stored: Tensor, view: View, parameters: Parameters) -> Tensor:
-    return augment(stored, view, parameters, mean=MEAN, std=STD)
+    size, device = stored.shape[1], stored.device
+    return augment(stored, plan(view, parameters, stored_size=size, device=device, mean=MEAN, std=STD))
 
 
 def one_by_one(stored: Tensor, size: int, p: Parameters) -> Tensor:
@@ -208,7 +210,7 @@ def test_what_travels_to_a_device_together_arrives_as_it_was() -> None:
         torch.zeros(0),
         torch.arange(2),
     ]
-    packed = pipeline._packed(sent)
+    packed = pipeline._packed(sent, torch.device("cpu"))
     assert packed.dtype == torch.uint8
     for before, after in zip(sent, pipeline._unpacked(packed, sent), strict=True):
         assert before.dtype == after.dtype

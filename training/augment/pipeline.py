@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from training.augment.colour import jitter_, luma, plan_jitter, solarize
+from training.augment.colour import JitterPlan, jitter_, luma, plan_jitter, solarize
 from training.augment.drawing import Parameters
 from training.augment.geometry import blur, crop_resize
 from training.views import View
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "augment", "centre", "evaluation_share", "show"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Plan", "augment", "centre", "evaluation_share", "plan", "show"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,58 +25,99 @@ CHUNK = 2**18
 the next. Whole batches of 128 took 1.3 times as long at 64 × 64 (Xeon with 2 MiB of cache for each core)."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """All that one view of a batch takes, worked out and packed on the CPU. Make it with `plan`."""
+
+    count: int
+    size: int
+    device: torch.device
+    parts: tuple[_Part, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    rows: slice
+    jitter: JitterPlan
+    packed: Tensor
+    """uint8, page-locked for a GPU: the tensors of `like`, for one copy."""
+    like: tuple[Tensor, ...]
+
+
+def plan(
+    view: View,
+    parameters: Parameters,
+    *,
+    stored_size: int,
+    device: torch.device,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Plan:
+    """Works out what `augment` is going to do; a background thread can be ahead with it.
+
+    Args:
+        view: Of which the parameters were drawn.
+        parameters: One for each image of the batch, from `draw`.
+        stored_size: Pixels of a side of the stored squares.
+        device: Where the pixels are.
+        mean, std: Of the three channels in 0..1; the result is (x - mean) / std.
+    """
+    normal = _normal(mean, std)
+    parts = []
+    for rows in _chunks(len(parameters), max(view.size, stored_size), device):
+        some = parameters.rows(rows)
+        jitter = plan_jitter(some)
+        gray, blurred, solarized = (
+            mask.nonzero()[:, 0] for mask in (some.gray, some.sigma > 0, some.solarize)
+        )
+        like = (
+            some.box,
+            some.flip,
+            jitter.rows,
+            jitter.coefficients,
+            jitter.turns,
+            gray,
+            blurred,
+            some.sigma[blurred],
+            solarized,
+            normal,
+        )
+        parts.append(_Part(rows, jitter, _packed(like, device), like))
+    return Plan(len(parameters), view.size, device, tuple(parts))
+
+
 @torch.no_grad()
-def augment(
-    pixels: Tensor, view: View, parameters: Parameters, *, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def augment(pixels: Tensor, work: Plan) -> Tensor:
     """Makes one view of each image.
 
-    Nothing here waits for the GPU: which rows an operation touches is known from the parameters, and what
-    the GPU needs of them travels in one copy.
+    Nothing here waits for the GPU: which rows an operation touches is known from the plan, and what the GPU
+    needs of it travels in one copy.
 
     Args:
         pixels: uint8 [B, S, S, 3].
-        view: Of which the parameters were drawn.
-        parameters: B of them, from `draw`.
-        mean, std: Of the three channels in 0..1; the result is (x - mean) / std.
+        work: From `plan`, for B images on the device of `pixels`.
 
     Returns:
         float32 [B, 3, size, size] on the device of `pixels`, outside the graph of gradients.
 
     Raises:
-        ValueError: the pixels are no such tensor, or there are not as many parameters.
+        ValueError: The pixels are no such tensor, or the plan is for another number of images.
     """
-    _check(pixels, len(parameters))
-    views = torch.empty(len(pixels), 3, view.size, view.size, device=pixels.device)
+    _check(pixels, work.count)
+    views = torch.empty(len(pixels), 3, work.size, work.size, device=pixels.device)
     with _full_precision(pixels.device):
-        for rows in _chunks(pixels, view.size):
-            _augment(pixels[rows], view.size, parameters.rows(rows), _normal(mean, std), views[rows])
+        for part in work.parts:
+            _augment(pixels[part.rows], work.size, part, views[part.rows])
     return views
 
 
-def _augment(pixels: Tensor, size: int, parameters: Parameters, normal: Tensor, out: Tensor) -> None:
-    plan = plan_jitter(parameters)
-    gray, blurred, solarized = (
-        mask.nonzero()[:, 0] for mask in (parameters.gray, parameters.sigma > 0, parameters.solarize)
+def _augment(pixels: Tensor, size: int, part: _Part, out: Tensor) -> None:
+    box, flip, rows, coefficients, turns, gray, blurred, sigma, solarized, normal = _unpacked(
+        part.packed.to(pixels.device, non_blocking=True), part.like
     )
-    box, flip, rows, coefficients, turns, gray, blurred, sigma, solarized, normal = _send(
-        (
-            parameters.box,
-            parameters.flip,
-            plan.rows,
-            plan.coefficients,
-            plan.turns,
-            gray,
-            blurred,
-            parameters.sigma[blurred],
-            solarized,
-            normal,
-        ),
-        pixels.device,
-    )
-    plan = replace(plan, rows=rows, coefficients=coefficients, turns=turns)
+    jitter = replace(part.jitter, rows=rows, coefficients=coefficients, turns=turns)
     images = crop_resize(_planes(pixels), box, size, flip)
-    images = _only(images, rows, lambda some: jitter_(some, plan))
+    images = _only(images, rows, lambda some: jitter_(some, jitter))
     images = _only(images, gray, lambda some: luma(some).expand_as(some))
     images = _only(images, blurred, lambda some: blur(some, sigma))
     images = _only(images, solarized, solarize)
@@ -120,12 +161,12 @@ def centre(
     """
     _check(pixels, len(aspect))
     boxes = _central_boxes(aspect.float(), size, round(size / share))
-    box, flip, normal = _send(
-        (boxes, torch.zeros(len(aspect), dtype=torch.bool), _normal(mean, std)), pixels.device
-    )
+    like = (boxes, torch.zeros(len(aspect), dtype=torch.bool), _normal(mean, std))
+    packed = _packed(like, pixels.device)
+    box, flip, normal = _unpacked(packed.to(pixels.device, non_blocking=True), like)
     views = torch.empty(len(pixels), 3, size, size, device=pixels.device)
     with _full_precision(pixels.device):
-        for rows in _chunks(pixels, size):
+        for rows in _chunks(len(pixels), max(size, pixels.shape[1]), pixels.device):
             images = crop_resize(_planes(pixels[rows]), box[rows], size, flip[rows], inside_only=False)
             _normalize(images, normal, views[rows])
     return views
@@ -155,9 +196,8 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
-def _chunks(pixels: Tensor, size: int) -> Iterator[slice]:
-    count, side = len(pixels), max(size, pixels.shape[1])
-    step = max(1, CHUNK // side**2) if pixels.device.type == "cpu" else max(1, count)
+def _chunks(count: int, side: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, CHUNK // side**2) if device.type == "cpu" else max(1, count)
     return (slice(start, start + step) for start in range(0, count, step))
 
 
@@ -186,20 +226,12 @@ def _only(images: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -
     return images.index_copy_(0, rows, operation(images.index_select(0, rows)))
 
 
-def _send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """CPU tensors → the device, in one copy that the CPU does not wait for."""
-    if device.type == "cpu":
-        return list(tensors)
-    packed = _packed(tensors)
-    if device.type == "cuda":
-        packed = packed.pin_memory()  # a copy from other memory would wait for the GPU
-    return _unpacked(packed.to(device, non_blocking=True), tensors)
-
-
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
+def _packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """uint8 [bytes]: all of them, each beginning at a multiple of 8 bytes, as int64 has to."""
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % 8)) for part in parts])
+    packed = torch.cat([torch.nn.functional.pad(part, (0, -len(part) % 8)) for part in parts])
+    # A copy from memory that is not page-locked would wait for the GPU.
+    return packed.pin_memory() if device.type == "cuda" else packed
 
 
 def _unpacked(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

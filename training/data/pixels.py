@@ -89,9 +89,14 @@ class Pixels:
         """
         self._check(rows)
         if isinstance(self._stored, Tensor):
-            return self._stored.index_select(0, torch.from_numpy(rows).to(self.device))
+            return self._stored.index_select(0, self.sendable(rows).to(self.device, non_blocking=True))
         with self._readers() as readers:
             return self._gather(rows, readers).to(self.device)
+
+    def sendable(self, numbers: NDArray[np.int64]) -> Tensor:
+        """int64 [n] in the host's memory, page-locked for a GPU, so that a copy does not wait for it."""
+        tensor = torch.from_numpy(numbers)
+        return tensor.pin_memory() if self._on_gpu else tensor
 
     def prefetch(self, orders: Iterator[Rows]) -> Generator[Tensor, None, None]:
         """The batches of `orders`, in order, made by background threads while the device works.

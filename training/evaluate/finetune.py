@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from embedserve.errors import InvalidField
-from training.augment import IMAGENET_MEAN, IMAGENET_STD, augment, draw
+from training.augment import augment, draw, plan
 from training.data import EpochOrder, Pixels, Source
 from training.evaluate.drawing import bars, chart
 from training.evaluate.encoder import EvaluationEncoder, require_network
@@ -197,7 +197,7 @@ def fine_tune(
     for step, batch in enumerate(batches):
         chosen = rows[order.rows(step)]
         parameters = draw(view, torch.from_numpy(pixels.aspect[chosen]), generator)
-        images = augment(batch, view, parameters, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        images = augment(batch, plan(view, parameters, stored_size=pixels.size, device=batch.device))
         for group in optimizer.param_groups:
             group["lr"] = rate(Now(step, steps, order.steps_per_epoch))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

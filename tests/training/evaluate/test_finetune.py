@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from embedserve.errors import InvalidField
 from tests.training.evaluate.samples import coloured, mean_colour, tiny_encoder, without_labels
-from training.augment import IMAGENET_MEAN, IMAGENET_STD, augment, draw
+from training.augment import augment, draw, plan
 from training.data import EpochOrder
 from training.evaluate.finetune import (
     FinetuneSettings,
@@ -81,7 +81,8 @@ def test_a_step_is_that_of_sgd_on_the_crops_of_its_seed(tmp_path):
     for step in range(2):
         chosen = rows[order.rows(step)]
         parameters = draw(view, torch.from_numpy(pixels.aspect[chosen]), generator)
-        images = augment(pixels.batch(chosen), view, parameters, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        batch = pixels.batch(chosen)
+        images = augment(batch, plan(view, parameters, stored_size=pixels.size, device=batch.device))
         loss = F.cross_entropy(literal(images), torch.from_numpy(pixels.source.labels[chosen]))
         expected.append(loss.item())
         literal.zero_grad()
