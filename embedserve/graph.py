@@ -24,6 +24,8 @@ ort.set_default_logger_severity(FATAL)
 class Graph:
     """A session for an ONNX file with one input and, first, one output [batch, dim].
 
+    A graph whose batch is fixed at 1, as some exporters write them, is run once for each row.
+
     Args:
         path: The ONNX file; external weights lie beside it.
         threads: Threads of one run.
@@ -58,23 +60,25 @@ class Graph:
         self._session = session
         self._input = inputs[0].name
         self._outputs = [outputs[0].name]
+        self._one_by_one = inputs[0].shape[0] == 1
 
     def run(self, batch: NDArray[np.generic]) -> Vectors:
         """The first output, float32 [batch, dim]. Safe to call from several threads."""
-        vectors: Vectors = self._session.run(self._outputs, {self._input: batch})[0]
-        return vectors
+        rows = [batch[row : row + 1] for row in range(len(batch))] if self._one_by_one else [batch]
+        vectors = [self._session.run(self._outputs, {self._input: row})[0] for row in rows]
+        return vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
 
     def _check(self, what: str, found: ort.NodeArg, element: str, form: Mapping[str, int | None]) -> None:
         # In the graph a fixed dimension is a number, a free one a name or None.
         fits = len(found.shape) == len(form) and all(
-            not isinstance(size, int) or size == wanted
-            for size, wanted in zip(found.shape, form.values(), strict=True)
+            not isinstance(size, int) or size == wanted or (name == "batch" and size == 1)
+            for size, (name, wanted) in zip(found.shape, form.items(), strict=True)
         )
         if found.type != element or not fits:
             needed = ", ".join(name if size is None else str(size) for name, size in form.items())
             raise BundleError(
                 f"The {what} '{found.name}' of '{self.path}' is {found.type} {list(found.shape)}; needed is "
-                f"{element} [{needed}], where named dimensions take any size. Export it again."
+                f"{element} [{needed}], where named dimensions take any size (batch may be 1). Export it again."
             )
 
 
