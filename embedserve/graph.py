@@ -78,7 +78,8 @@ class Graph:
             needed = ", ".join(name if size is None else str(size) for name, size in form.items())
             raise BundleError(
                 f"The {what} '{found.name}' of '{self.path}' is {found.type} {list(found.shape)}; needed is "
-                f"{element} [{needed}], where named dimensions take any size (batch may be 1). Export it again."
+                f"{element} [{needed}], where named dimensions take any size (batch also 1). "
+                "Export it again."
             )
 
 
