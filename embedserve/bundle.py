@@ -36,6 +36,7 @@ from pydantic import (
     model_validator,
 )
 
+from embedserve.cleaning import Cleaning
 from embedserve.errors import BundleError
 
 __all__ = [
@@ -98,6 +99,8 @@ class TextTower(_Part):
     pad_id: int
     padding: Literal["longest", "context"] = "longest"
     """longest: to the longest text of the batch; context: always to `context_length` (SigLIP)."""
+    cleaning: Cleaning = "none"
+    """What happens to a text before the tokenizer that tokenizer.json cannot say."""
 
 
 class Scoring(_Part):
@@ -172,10 +175,13 @@ class Bundle:
         A collection remembers it. A better model card leaves it as it is; other weights change it.
         """
         described = self.description
+        text = described.text.model_dump(mode="json") if described.text else None
+        if text and text["cleaning"] == "none":
+            del text["cleaning"]  # bundles from before this field keep their fingerprint
         decides = {
             "files": {name: digest for name, digest in described.files.items() if not name.endswith(".md")},
             "image": described.image.model_dump(mode="json") if described.image else None,
-            "text": described.text.model_dump(mode="json") if described.text else None,
+            "text": text,
             "dim": described.dim,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

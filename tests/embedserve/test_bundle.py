@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -100,6 +101,24 @@ def test_a_graph_without_hash_does_not_open(folder: Path) -> None:
     edit(folder, lambda document: document["files"].pop("image.onnx"))
     with pytest.raises(BundleError, match=r"no sha256 for 'image\.onnx'"):
         open_bundle(folder)
+
+
+def test_a_cleaning_rule_changes_the_fingerprint_and_its_absence_does_not(folder: Path) -> None:
+    """Collections remember fingerprints from before the rule existed."""
+    described = open_bundle(folder).description
+    assert described.text is not None
+    text = described.text.model_dump(mode="json")
+    del text["cleaning"]
+    before = {
+        "files": {name: digest for name, digest in described.files.items() if name != "README.md"},
+        "image": described.image.model_dump(mode="json") if described.image else None,
+        "text": text,
+        "dim": described.dim,
+    }
+    expected = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert open_bundle(folder).fingerprint == expected
+    cleaned = described.text.model_copy(update={"cleaning": "lower"})
+    assert seal(folder, described.model_copy(update={"text": cleaned})).fingerprint != expected
 
 
 def test_the_fingerprint_follows_the_vectors_and_not_the_card(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from embedserve.bundle import Preprocessing, Scoring
+from embedserve.cleaning import Cleaning
 
 __all__ = ["Choices", "Original", "OriginalImages", "OriginalTexts", "ready"]
 
@@ -67,6 +68,8 @@ class OriginalTexts:
     context_length: int
     pad_id: int
     padding: Literal["longest", "context"] = "longest"
+    cleaning: Cleaning = "none"
+    """What happens to a text before `tokenizer`; goes into the bundle as it is."""
     reference_tokens: Callable[[Sequence[str]], list[list[int]]] | None = None
     """The library's own tokenizer, cut to the context, special tokens included, padding left out."""
     reference_vectors: Callable[[Sequence[str]], Tensor] | None = None

@@ -1,0 +1,54 @@
+"""What text goes through before its tokenizer where a tokenizer.json cannot say it.
+
+open_clip repairs wrongly decoded text (ftfy: "â€™" → "'") and resolves HTML entities ("&amp;lt;" → "<") before
+it cuts texts into tokens. Neither can be written as a normalizer of the Hugging Face format, and its lower-casing
+goes character by character where Python's knows the final sigma. A bundle therefore names one of these rules.
+"""
+
+from __future__ import annotations
+
+import html
+import string
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import ftfy
+
+__all__ = ["Cleaning", "clean"]
+
+Cleaning = Literal["none", "whitespace", "lower", "canonicalize"]
+"""none: as it came. The others are open_clip's, under its names; each repairs, resolves entities and joins
+whitespace; lower: lower case as well (CLIP); canonicalize: lower case without ASCII punctuation (SigLIP)."""
+
+_NO_PUNCTUATION = str.maketrans({**dict.fromkeys(string.punctuation, None), "_": " "})
+
+
+def clean(text: str, rule: Cleaning) -> str:
+    """`text` as `rule` makes it. Any string that is valid Unicode is accepted."""
+    return _RULES[rule](text)
+
+
+def _repaired(text: str) -> str:
+    # Twice, because scraped captions are often escaped twice: "&amp;lt;".
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _whitespace(text: str) -> str:
+    return " ".join(_repaired(text).split())
+
+
+def _lower(text: str) -> str:
+    return _whitespace(text).lower()
+
+
+def _canonicalize(text: str) -> str:
+    # Punctuation goes before whitespace is joined: "a - b" has two spaces in between.
+    return " ".join(_repaired(text).translate(_NO_PUNCTUATION).lower().split())
+
+
+_RULES: Mapping[Cleaning, Callable[[str], str]] = {
+    "none": str,
+    "whitespace": _whitespace,
+    "lower": _lower,
+    "canonicalize": _canonicalize,
+}
