@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.augment import Parameters, Plan, augment, draw, plan
+from training.augment import Plan, augment, plan
+from training.augment.drawing import shaped, uniforms
+from training.augment.recorded import RecordedViews
 from training.data import EpochOrder, Partners, Pixels
 from training.data.ahead import in_order
 from training.distributed import rank, world_size
@@ -41,7 +43,8 @@ class Part:
 class _Work:
     """All of a part that the CPU works out."""
 
-    plans: list[Plan]
+    drawn: list[Plan] | Tensor
+    """A plan for each view; for a GPU what `RecordedViews` takes."""
     ids: Tensor
     last: bool
 
@@ -82,9 +85,14 @@ class Batches:
         self._partners = Partners(self._groups, seed)
         self._share = batch_size // parts // world_size()
         self._rank, self._ranks = rank(), world_size()
+        self._recorded: RecordedViews | None = None
 
     def from_step(self, step: int, steps: int) -> Generator[Part, None, None]:
         """The parts of every step from `step` to the last; close it when leaving early."""
+        if self.pixels.device.type == "cuda" and self._recorded is None:
+            self._recorded = RecordedViews(
+                self.views, count=self._share, stored_size=self.pixels.size, device=self.pixels.device
+            )
         with (
             contextlib.closing(self.pixels.prefetch(self._wanted(step, steps))) as pixels,
             contextlib.closing(in_order(self._work, range(step, steps), threads=1, ahead=AHEAD)) as works,
@@ -113,25 +121,33 @@ class Batches:
     def _work(self, step: int) -> list[_Work]:
         """What the CPU can do of a step before its turn: this rank's share of every part."""
         chosen, partners = self._choose(step)
-        parameters = self._draw(step, chosen, partners)
+        source = generator(self.seed, VIEWS, step)
+        uniform = [uniforms(len(chosen), source) for _ in self.views]
+        aspect = torch.from_numpy(self.pixels.aspect[self.rows])
+        of = {"image": aspect[chosen], "partner": aspect[partners]}
         ids = chosen if self._groups is None else self._groups[chosen]
         works = []
         for part in range(self.parts):
             mine = self._mine(part)
-            plans = [
-                plan(view, one.rows(mine), stored_size=self.pixels.size, device=self.pixels.device)
-                for view, one in zip(self.views, parameters, strict=True)
-            ]
-            works.append(_Work(plans, self.pixels.sendable(ids[mine]), last=part == self.parts - 1))
+            drawn = self._drawn(
+                [values[mine] for values in uniform], [of[view.of][mine] for view in self.views]
+            )
+            works.append(_Work(drawn, self.pixels.sendable(ids[mine]), last=part == self.parts - 1))
         return works
 
-    def _draw(self, step: int, chosen: NDArray[np.int64], partners: NDArray[np.int64]) -> list[Parameters]:
-        source = generator(self.seed, VIEWS, step)
-        aspect = torch.from_numpy(self.pixels.aspect[self.rows])
-        of = {"image": aspect[chosen], "partner": aspect[partners]}
-        return [draw(view, of[view.of], source) for view in self.views]
+    def _drawn(self, uniform: Sequence[Tensor], aspects: Sequence[Tensor]) -> list[Plan] | Tensor:
+        if self._recorded is not None:
+            return self._recorded.pack(uniform, aspects)
+        size, device = self.pixels.size, self.pixels.device
+        return [
+            plan(view, shaped(view, aspect, values), stored_size=size, device=device)
+            for view, aspect, values in zip(self.views, aspects, uniform, strict=True)
+        ]
 
     def _part(self, pixels: Tensor, work: _Work) -> Part:
         of = {"image": pixels[: self._share], "partner": pixels[-self._share :]}
-        views = [augment(of[view.of], one) for view, one in zip(self.views, work.plans, strict=True)]
+        if self._recorded is not None and isinstance(work.drawn, Tensor):
+            views = self._recorded(of, work.drawn)
+        else:
+            views = [augment(of[view.of], one) for view, one in zip(self.views, work.drawn, strict=True)]
         return Part(views, work.ids.to(pixels.device, non_blocking=True), work.last)

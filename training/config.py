@@ -54,6 +54,9 @@ class TrainConfig:
     """What networks compute in; auto is bf16 on a GPU that has it. Losses are always float32."""
     compile: bool = False
     """Compile the backbone with torch.compile: minutes at the start, faster steps afterwards."""
+    cuda_graphs: bool = True
+    """Replay the backbone's calls as CUDA graphs, so that a small network does not wait for the CPU. With one
+    GPU only."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, at some cost on a GPU."""
     sync_batch_norm: bool = True

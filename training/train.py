@@ -35,6 +35,7 @@ from training.optim import build_optimizer, set_rates
 from training.pictures import draw_neighbours, draw_views
 from training.precision import Precision
 from training.prepare import prepare
+from training.recording import record_backbones
 from training.run import (
     CHECKPOINTS,
     CONFIG,
@@ -143,6 +144,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         for module in method.modules():
             if isinstance(module, Backbone):  # the momentum encoder's too
                 module.compile()
+    recordings = record_backbones(method) if config.cuda_graphs and _alone_on_gpu(device) else None
     network: nn.Module = method
     if world_size() > 1:
         network = DistributedDataParallel(method, forward_sync_buffers=False)
@@ -224,6 +226,8 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
 
             for _ in range(config.accumulate):
                 part = next(parts)
+                if recordings is not None:
+                    recordings.begin()
                 with contextlib.nullcontext() if part.last else _without_averaging(network):
                     with precision.autocast():
                         losses = network(Batch(part.views, part.ids, now, values))
@@ -300,6 +304,11 @@ def _stop_requested() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _alone_on_gpu(device: torch.device) -> bool:
+    """Averaging over ranks happens while gradients are computed, which a recording would not see."""
+    return device.type == "cuda" and world_size() == 1
 
 
 def _asked_to_stop(stop: threading.Event, step: int, every: int) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training.augment.drawing import CONTRAST, HUE, SATURATION, Parameters
 
-__all__ = ["JitterPlan", "jitter_", "luma", "plan_jitter", "rotate_hue_", "solarize"]
+__all__ = ["JitterPlan", "jitter_", "jitter_all", "luma", "plan_jitter", "rotate_hue_", "solarize"]
 
 LUMA = (0.2989, 0.587, 0.114)
 """ITU-R BT.601 as torchvision rounds it; Pillow's differs by .0001."""
@@ -70,6 +70,37 @@ def jitter_(images: Tensor, plan: JitterPlan) -> Tensor:
     if plan.rotates:
         rotate_hue_(images, plan.turns)
     _blend_rounds_(images, plan.after, plan.coefficients)
+    return images
+
+
+def jitter_all(images: Tensor, parameters: Parameters) -> Tensor:
+    """As `jitter_` with the plan of `parameters`, with the same work for every image: a GPU can record it.
+
+    Args:
+        images: [B, 3, H, W]. They are overwritten.
+        parameters: B of them, on the device of `images`.
+    """
+    changes = parameters.jitter & ((parameters.factors != 1).any(1) | (parameters.hue != 0))
+    hue_round = (parameters.order == HUE).int().argmax(1)
+    ones = torch.ones_like(parameters.factors[:, :1])
+    factors = torch.cat((parameters.factors, ones), 1).gather(1, parameters.order)
+    rest = 1 - factors
+    of_mean, of_luma = rest * (parameters.order == CONTRAST), rest * (parameters.order == SATURATION)
+
+    def blend_round_(at: int, takes_part: Tensor) -> None:
+        _blend_(
+            images,
+            torch.where(takes_part, factors[:, at], 1.0),
+            torch.where(takes_part, of_mean[:, at], 0.0),
+            torch.where(takes_part, of_luma[:, at], 0.0),
+        )
+
+    for at in range(ROUNDS - 1):
+        blend_round_(at, changes & (hue_round > at))
+    turned = rotate_hue_(images.clone(), parameters.hue)
+    images = torch.where(_per_image(changes & (parameters.hue != 0)), turned, images)
+    for at in range(1, ROUNDS):
+        blend_round_(at, changes & (hue_round < at))
     return images
 
 

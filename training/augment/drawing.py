@@ -14,7 +14,17 @@ from torch import Tensor
 
 from training.views import View
 
-__all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "Parameters", "draw"]
+__all__ = [
+    "BRIGHTNESS",
+    "COLUMNS",
+    "CONTRAST",
+    "HUE",
+    "SATURATION",
+    "Parameters",
+    "draw",
+    "shaped",
+    "uniforms",
+]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """The numbers of the four parts of the colour jitter in `Parameters.order`."""
@@ -22,13 +32,16 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 TRIES = 10
 """Crops tried before the central fallback (Szegedy et al. 2015's crop as torchvision makes it)."""
 
+COLUMNS = 2 * TRIES + 16
+"""Random values for one view of one image."""
+
 PUBLISHED_SIZE = 224
 """The size of view in which the papers state the blur."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parameters:
-    """What was drawn for one view of B images. All tensors are on the CPU."""
+    """What was drawn for one view of B images. `draw` makes them on the CPU."""
 
     box: Tensor
     """float32 [B, 4]: left, top, width and height of the crop as shares 0..1 of the stored square."""
@@ -68,21 +81,38 @@ def draw(view: View, aspect: Tensor, generator: torch.Generator) -> Parameters:
         aspect: float32 [B] on the CPU: width ÷ height of the originals.
         generator: A generator of the CPU.
     """
-    count = len(aspect)
+    return shaped(view, aspect, uniforms(len(aspect), generator))
+
+
+def uniforms(count: int, generator: torch.Generator) -> Tensor:
+    """All that is random about a view of `count` images: float32 [count, COLUMNS], uniform in 0..1."""
+    return torch.rand(count, COLUMNS, generator=generator)
+
+
+def shaped(view: View, aspect: Tensor, uniform: Tensor) -> Parameters:
+    """The parameters that random values stand for, on their device. No value of a GPU is waited for.
+
+    Args:
+        view: What is drawn.
+        aspect: float32 [B], on the same device.
+        uniform: float32 [B, COLUMNS], from `uniforms`.
+    """
     # A row belongs to one image; its columns are dealt out from left to right.
-    area, ratio, place, factors, order, single = torch.rand(
-        count, 2 * TRIES + 16, generator=generator
-    ).split_with_sizes([TRIES, TRIES, 2, 3, 4, 7], dim=1)
+    area, ratio, place, factors, order, single = uniform.split_with_sizes([TRIES, TRIES, 2, 3, 4, 7], dim=1)
     flip, hue, jitter, gray, blur, sigma, solarize = single.unbind(1)
     *strengths, turn = view.jitter
-    strength = torch.tensor(strengths)
-    low, high = (1 - strength).clamp(min=0), 1 + strength
     least, most = view.blur_sigma
     deviation = (least + (most - least) * sigma) * view.size / PUBLISHED_SIZE
     return Parameters(
         box=_boxes(view, aspect.float(), area, ratio, place),
         flip=flip < view.flip,
-        factors=low + (high - low) * factors,
+        factors=torch.stack(
+            [
+                _between(max(1 - strength, 0.0), 1 + strength, factor)
+                for strength, factor in zip(strengths, factors.unbind(1), strict=True)
+            ],
+            dim=1,
+        ),
         hue=(2 * hue - 1) * turn,
         order=order.argsort(dim=1, stable=True),
         jitter=jitter < view.jitter_probability,
@@ -90,6 +120,10 @@ def draw(view: View, aspect: Tensor, generator: torch.Generator) -> Parameters:
         sigma=torch.where(blur < view.blur, deviation, 0.0),
         solarize=solarize < view.solarize,
     )
+
+
+def _between(low: float, high: float, share: Tensor) -> Tensor:
+    return low + (high - low) * share
 
 
 def _boxes(view: View, aspect: Tensor, area: Tensor, ratio: Tensor, place: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def augment(pixels: Tensor, work: Plan) -> Tensor:
     """
     _check(pixels, work.count)
     views = torch.empty(len(pixels), 3, work.size, work.size, device=pixels.device)
-    with _full_precision(pixels.device):
+    with full_precision(pixels.device):
         for part in work.parts:
             _augment(pixels[part.rows], work.size, part, views[part.rows])
     return views
@@ -116,7 +116,7 @@ def _augment(pixels: Tensor, size: int, part: _Part, out: Tensor) -> None:
         part.packed.to(pixels.device, non_blocking=True), part.like
     )
     jitter = replace(part.jitter, rows=rows, coefficients=coefficients, turns=turns)
-    images = crop_resize(_planes(pixels), box, size, flip)
+    images = crop_resize(planes(pixels), box, size, flip)
     images = _only(images, rows, lambda some: jitter_(some, jitter))
     images = _only(images, gray, lambda some: luma(some).expand_as(some))
     images = _only(images, blurred, lambda some: blur(some, sigma))
@@ -165,9 +165,9 @@ def centre(
     packed = _packed(like, pixels.device)
     box, flip, normal = _unpacked(packed.to(pixels.device, non_blocking=True), like)
     views = torch.empty(len(pixels), 3, size, size, device=pixels.device)
-    with _full_precision(pixels.device):
+    with full_precision(pixels.device):
         for rows in _chunks(len(pixels), max(size, pixels.shape[1]), pixels.device):
-            images = crop_resize(_planes(pixels[rows]), box[rows], size, flip[rows], inside_only=False)
+            images = crop_resize(planes(pixels[rows]), box[rows], size, flip[rows], inside_only=False)
             _normalize(images, normal, views[rows])
     return views
 
@@ -190,7 +190,7 @@ def show(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would make the filters' products half precision: colours in steps of 1/256 and coarser."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
@@ -201,7 +201,7 @@ def _chunks(count: int, side: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _planes(pixels: Tensor) -> Tensor:
+def planes(pixels: Tensor) -> Tensor:
     """uint8 [B, S, S, 3] → float32 [B, 3, S, S] in 0..1."""
     count, height, width, channels = pixels.shape
     planes = torch.empty(count, channels, height, width, device=pixels.device)
