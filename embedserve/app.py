@@ -16,6 +16,7 @@ from embedserve.api import (
     embed,
     failures,
     health,
+    heatmap,
     items,
     openai,
     openapi,
@@ -38,6 +39,7 @@ __all__ = ["create_app"]
 ROUTERS = (
     openai.router,
     embed.router,
+    heatmap.router,
     classify.router,
     collections.router,
     upserts.router,
@@ -82,7 +84,9 @@ def create_app(config: ServeConfig) -> FastAPI:
 
 async def _start(config: ServeConfig, metrics: Metrics, stack: AsyncExitStack) -> Services:
     """Starts the parts in order; `stack` closes them in reverse, so that accepted work is finished."""
-    encoder = Encoder.load(config.encoder, threads=config.threads)
+    encoder = Encoder.load(
+        config.encoder, threads=config.threads, device=config.device, engines=config.engine_cache
+    )
     towers = Towers(encoder, config)
     metrics.about(encoder.name)
     metrics.watch(towers.queues)

@@ -42,6 +42,7 @@ from embedserve.errors import BundleError
 __all__ = [
     "Bundle",
     "Description",
+    "ImageOutputs",
     "ImageTower",
     "Preprocessing",
     "Probe",
@@ -86,9 +87,36 @@ class Preprocessing(_Part):
     """RGB that transparent pixels and the border of `longest` are filled with."""
 
 
+class ImageOutputs(_Part):
+    """What `image.onnx` gives beside the embedding, if asked: something for each cell of a grid, row by row.
+
+    The outputs are named `patches` and `attention` and come after the embedding. The grid lies over the
+    pixels that the tower gets.
+    """
+
+    rows: PositiveInt
+    columns: PositiveInt
+    patches: PositiveInt | None = None
+    """Length of the vectors of `patches`, float32 [batch, rows · columns, length]; None: no such output."""
+    attention: PositiveInt | None = None
+    """Heads of `attention`, float32 [batch, heads, rows · columns]: what the token that becomes the embedding
+    takes from each cell in the last block; None: no such output."""
+    text_space: bool = False
+    """Whether `patches` can be compared with texts, as the embedding can."""
+
+    @model_validator(mode="after")
+    def _has_an_output(self) -> ImageOutputs:
+        if self.patches is None and self.attention is None:
+            raise ValueError("name the length of 'patches', the heads of 'attention', or both")
+        if self.text_space and self.patches is None:
+            raise ValueError("'text_space' speaks of 'patches', which are not there")
+        return self
+
+
 class ImageTower(_Part):
     file: FileName = "image.onnx"
     preprocessing: Preprocessing
+    outputs: ImageOutputs | None = None
 
 
 class TextTower(_Part):
@@ -152,6 +180,13 @@ class Description(_Part):
             raise ValueError("an encoder needs an image tower, a text tower, or both")
         return self
 
+    @model_validator(mode="after")
+    def _patches_fit_texts(self) -> Description:
+        outputs = self.image.outputs if self.image else None
+        if outputs is not None and outputs.text_space and (self.text is None or outputs.patches != self.dim):
+            raise ValueError(f"patches in the space of texts need a text tower and {self.dim} numbers")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -180,7 +215,7 @@ class Bundle:
             del text["cleaning"]  # bundles from before this field keep their fingerprint
         decides = {
             "files": {name: digest for name, digest in described.files.items() if not name.endswith(".md")},
-            "image": described.image.model_dump(mode="json") if described.image else None,
+            "image": _deciding(described.image) if described.image else None,
             "text": text,
             "dim": described.dim,
         }
@@ -243,6 +278,10 @@ def _check_hashes(bundle: Bundle) -> None:
                 f"'{bundle.path(name)}' is not the file described: its sha256 is {found[:12]}…, "
                 f"{MANIFEST} says {expected[:12]}…. Copy or export the bundle again."
             )
+
+
+def _deciding(tower: ImageTower) -> dict[str, Any]:
+    return tower.model_dump(mode="json", exclude={"outputs"})  # which change no embedding
 
 
 @contextmanager

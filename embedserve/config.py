@@ -83,14 +83,20 @@ class ServeConfig:
     no_auth: Switch = False
     """Serve other addresses than loopback without any key."""
 
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, tensorrt or tensorrt:1. auto takes the first GPU if it works, else the CPU."""
+
+    engine_cache: Path | None = None
+    """Folder where TensorRT's compiled engines are kept; ~/.cache/embedserve/tensorrt when left out."""
+
     threads: int = 1
     """Threads of one session.run. 1 gives the most inputs/s; more shorten the wait for a lone input."""
 
     workers: int = 0
     """Runs of a tower that go side by side; 0 takes as many as the cores have room for."""
 
-    max_batch: int = 16
-    """Most inputs that one session.run takes."""
+    max_batch: int = 0
+    """Most inputs that one session.run takes; 0 suits the device (16 on a CPU, 64 on a GPU)."""
 
     url_inputs: bool = True
     """Fetch images given as http(s) URLs. Only public addresses are ever connected to."""
@@ -106,7 +112,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         _at_least("threads", self.threads, 1)
         _at_least("workers", self.workers, 0)
-        _at_least("max_batch", self.max_batch, 1)
+        _at_least("max_batch", self.max_batch, 0)
 
 
 def _at_least(name: str, value: float, least: float) -> None:

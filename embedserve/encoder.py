@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,31 +22,41 @@ from PIL import Image
 
 from embedserve.bundle import (
     Bundle,
-    ImageTower,
+    ImageOutputs,
     Preprocessing,
     Probe,
-    TextTower,
     open_bundle,
     pack_vector,
     unpack_vector,
 )
 from embedserve.config import Limits
 from embedserve.decode import decode
+from embedserve.device import choose, default_engines, engine_folder
 from embedserve.errors import BundleError, EmbedServeError, InvalidField
-from embedserve.graph import Graph, Vectors, available_cores
-from embedserve.preprocess import preprocess, shrink_target, thumbnail
+from embedserve.graph import EMBEDDING, Graph, Vectors, available_cores
+from embedserve.graphs import Images, Place, Texts
+from embedserve.preprocess import Region, preprocess, region, shrink_target, thumbnail
 from embedserve.tokenizer import Tokenizer
 
-__all__ = ["Encoder", "Proof", "resolve"]
+__all__ = ["Encoder", "Looks", "OutputName", "Proof", "resolve"]
 
+logger = logging.getLogger(__name__)
+
+OutputName = Literal["attention", "patches"]
 Pixels = NDArray[np.uint8]
 
 IMAGES_PER_CORE = 2
 """Images in one `session.run` for each core, at least 4 in all. More do not fit the caches: on two cores
 EfficientNet-Lite0 gives 345 images/s in fours, 290 in sixteens, and needs four times the memory for that."""
 
+GPU_IMAGES = 64
+"""Images in one run on a GPU."""
+
 TOKENS_PER_CORE = 1024
 """Tokens in one `session.run` for each core, padding included. MiniLM is at full speed with 128."""
+
+GPU_TOKENS = 8192
+"""Tokens in one run on a GPU, padding included: 106 texts of CLIP's full context."""
 
 UNIT_TOLERANCE = 1e-2
 """How far from 1 the length of a vector may be. Half-precision graphs stay within 1e-3."""
@@ -62,6 +74,15 @@ class Proof:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What `Encoder.look` found: vectors, float32 [n, dim], and by name the outputs that were asked for:
+    `patches` [n, cells, length], `attention` [n, heads, cells]."""
+
+    vectors: Vectors
+    outputs: Mapping[OutputName, Vectors]
+
+
 class Encoder:
     """One bundle, loaded. Make it with `Encoder.load`.
 
@@ -69,39 +90,66 @@ class Encoder:
         bundle: The bundle on disk.
         name: The encoder's name.
         dim: Length of its vectors.
+        device: Where it runs.
         threads: Threads of one `session.run`.
         images_per_run: More images than this are run in pieces, which bounds memory.
         tokens_per_run: The same for tokens, padding included.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, device: str = "cpu", engines: Path | None = None
+    ) -> None:
         self.bundle = bundle
         self.name = bundle.name
         self.dim = bundle.dim
+        precision = bundle.description.precision
+        choice = choose(device, precision=precision)
+        if choice.note:
+            logger.warning("%s", choice.note)
+        self.device = choice.device
         self.threads = threads or available_cores()
-        self.images_per_run = max(4, IMAGES_PER_CORE * self.threads)
-        self.tokens_per_run = TOKENS_PER_CORE * self.threads
+        gpu = self.device.is_gpu
+        self.images_per_run = GPU_IMAGES if gpu else max(4, IMAGES_PER_CORE * self.threads)
+        self.tokens_per_run = GPU_TOKENS if gpu else TOKENS_PER_CORE * self.threads
+        run_on = Place(
+            self.threads,
+            self.device,
+            precision.startswith("float16"),
+            engine_folder(engines or default_engines(), bundle.fingerprint, self.device),
+        )
         # Loading is mostly ONNX Runtime optimising each graph on one core, without Python's lock.
         image, text = bundle.description.image, bundle.description.text
         with ThreadPoolExecutor(2) as pool:
-            images = pool.submit(_Images, bundle, image, self.threads) if image else None
-            texts = pool.submit(_Texts, bundle, text, self.threads) if text else None
+            images = pool.submit(Images, bundle, image, run_on) if image else None
+            texts = pool.submit(Texts, bundle, text, run_on) if text else None
             self._images = images.result() if images else None
             self._texts = texts.result() if texts else None
 
     @classmethod
-    def load(cls, folder: Path | str, *, threads: int = 0, verify: bool = True) -> Encoder:
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        threads: int = 0,
+        verify: bool = True,
+        device: str = "cpu",
+        engines: Path | None = None,
+    ) -> Encoder:
         """Loads the bundle in `folder`; 'starter' is the one that comes with this package.
 
         Args:
             folder: The bundle's folder, or 'starter'.
             threads: Threads of one `session.run`; 0 takes one for each core that this process may use.
             verify: Compare the files with their sha256 first.
+            device: auto, cpu, cuda, cuda:1, tensorrt or tensorrt:1.
+            engines: Folder for TensorRT's engines; None: one in the user's cache.
 
         Raises:
             BundleError: Missing, malformed, altered, or with graphs of another form than described.
+            InvalidField: A device that does not exist or does not work here.
         """
-        return cls(open_bundle(resolve(folder), verify=verify), threads=threads)
+        bundle = open_bundle(resolve(folder), verify=verify)
+        return cls(bundle, threads=threads, device=device, engines=engines)
 
     @property
     def has_images(self) -> bool:
@@ -136,6 +184,12 @@ class Encoder:
         image = _decode(data, limits, spec)
         return preprocess(image, spec), thumbnail(image, THUMBNAIL_SIZE)
 
+    def read_view(self, data: bytes, limits: Limits) -> tuple[Pixels, Region]:
+        """As `read_image`, with the part of the image that it shows."""
+        spec = self._require_images().spec
+        image = _decode(data, limits, spec)
+        return preprocess(image, spec), region(image.width, image.height, spec)
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to the context length, unpadded.
 
@@ -154,13 +208,7 @@ class Encoder:
             BundleError: The graph's output is not what the bundle promises.
         """
         tower = self._require_images()
-        shape = (tower.spec.height, tower.spec.width, 3)
-        for index, one in enumerate(pixels):
-            if one.shape != shape or one.dtype != np.uint8:
-                raise InvalidField(
-                    f"Image {index} is {one.dtype} {list(one.shape)}; the encoder '{self.name}' takes uint8 "
-                    f"{list(shape)}. Prepare images with `read_image`."
-                )
+        self._check_pixels(tower, pixels)
         step = self.images_per_run
         pieces = (np.stack(pixels[start : start + step]) for start in range(0, len(pixels), step))
         vectors = self._run(tower.graph, pieces, len(pixels))
@@ -179,6 +227,53 @@ class Encoder:
         vectors[by_length] = self._run(tower.graph, pieces, len(tokens))
         self._check_lengths(vectors)
         return vectors
+
+    def look(self, pixels: Sequence[Pixels], names: Collection[OutputName]) -> Looks:
+        """As `embed_images`, with what the bundle offers beside the vectors.
+
+        Args:
+            pixels: Images as given by `read_image`.
+            names: `patches`, `attention`, or both.
+
+        Raises:
+            InvalidField: As `embed_images`, or the bundle does not offer it, code `no_such_output`.
+        """
+        tower = self._require_images()
+        for name in names:
+            self.require_output(name)
+        self._check_pixels(tower, pixels)
+        wanted = (EMBEDDING, *sorted(names))
+        step = self.images_per_run
+        pieces = [np.stack(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        parts = [tower.graph.run_for(wanted, piece) for piece in pieces]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in wanted}
+        self._check_lengths(found[EMBEDDING])
+        return Looks(found[EMBEDDING], {name: found[name] for name in names})
+
+    def require_output(self, name: OutputName) -> ImageOutputs:
+        """What the bundle says about its outputs. Raises InvalidField, code `no_such_output`."""
+        self._require_images()
+        image = self.bundle.description.image
+        outputs = image.outputs if image else None
+        if outputs is None or getattr(outputs, name) is None:
+            raise InvalidField(
+                f"The encoder '{self.name}' gives no '{name}' beside its vectors. Serve a bundle whose image "
+                "tower offers it; /v1/models says which do.",
+                code="no_such_output",
+            )
+        return outputs
+
+    def warm_up(self) -> None:
+        """Runs batches of the sizes that requests will make, so that none of them waits for the first of its
+        kind: kernels are loaded, memory is taken, TensorRT builds its engines (minutes, once).
+
+        Where the largest batch does not fit into memory, later ones are smaller. Raises NotReady if none
+        fits.
+        """
+        if self._images is not None:
+            self.images_per_run = self._images.warm_up(self.images_per_run)
+        if self._texts is not None:
+            self.tokens_per_run = self._texts.warm_up(self.tokens_per_run)
 
     def prove(self) -> Proof:
         """Runs the bundle's probe through the whole path, decoding and tokenizing included.
@@ -215,14 +310,14 @@ class Encoder:
             text_vector=None if text_vector is None else pack_vector(text_vector),
         )
 
-    def _require_images(self) -> _Images:
+    def _require_images(self) -> Images:
         if self._images is None:
             raise InvalidField(
                 f"The encoder '{self.name}' has no image tower. Send text, or serve an encoder with one."
             )
         return self._images
 
-    def _require_texts(self) -> _Texts:
+    def _require_texts(self) -> Texts:
         if self._texts is None:
             raise InvalidField(
                 f"The encoder '{self.name}' has no text tower. Send images, or serve an encoder with one; "
@@ -250,6 +345,15 @@ class Encoder:
                 f"encoder.json promises [{count}, {self.dim}]. Export the bundle again."
             )
         return vectors
+
+    def _check_pixels(self, tower: Images, pixels: Sequence[Pixels]) -> None:
+        shape = (tower.spec.height, tower.spec.width, 3)
+        for index, one in enumerate(pixels):
+            if one.shape != shape or one.dtype != np.uint8:
+                raise InvalidField(
+                    f"Image {index} is {one.dtype} {list(one.shape)}; the encoder '{self.name}' takes uint8 "
+                    f"{list(shape)}. Prepare images with `read_image`."
+                )
 
     def _check_lengths(self, vectors: Vectors) -> None:
         lengths = np.linalg.norm(vectors, axis=1)
@@ -298,20 +402,6 @@ class Encoder:
                 "differently. Export it again, or in a higher precision."
             )
         return cosine
-
-
-class _Images:
-    def __init__(self, bundle: Bundle, tower: ImageTower, threads: int) -> None:
-        self.spec = tower.preprocessing
-        form = {"batch": None, "height": self.spec.height, "width": self.spec.width, "channels": 3}
-        self.graph = Graph(bundle.path(tower.file), threads, "tensor(uint8)", form, bundle.dim)
-
-
-class _Texts:
-    def __init__(self, bundle: Bundle, tower: TextTower, threads: int) -> None:
-        self.tokenizer = Tokenizer(tower, bundle.path(tower.tokenizer))
-        form = {"batch": None, "length": tower.context_length if tower.padding == "context" else None}
-        self.graph = Graph(bundle.path(tower.file), threads, "tensor(int64)", form, bundle.dim)
 
 
 def resolve(folder: Path | str) -> Path:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from embedserve.bundle import Preprocessing
 
-__all__ = ["preprocess", "shrink_target", "thumbnail"]
+__all__ = ["Region", "preprocess", "region", "shrink_target", "thumbnail"]
 
 _INTERPOLATION = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -65,6 +65,31 @@ def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:
     pixels[:] = spec.background
     pixels[down.pad : down.pad + down.length, across.pad : across.pad + across.length] = np.asarray(part)
     return pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The part of an image that an encoder sees, in fractions of the image's width and height.
+
+    Beyond 0..1 lies the border that the preprocessing adds.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def region(width: int, height: int, spec: Preprocessing) -> Region:
+    """Where the pixels that `preprocess` gives for an image of `width` × `height` lie in it."""
+    resized = _resized(width, height, spec)
+    across, down = _crop(resized[0], spec.width), _crop(resized[1], spec.height)
+    return Region(
+        (across.start - across.pad) / resized[0],
+        (down.start - down.pad) / resized[1],
+        spec.width / resized[0],
+        spec.height / resized[1],
+    )
 
 
 def shrink_target(spec: Preprocessing) -> int:

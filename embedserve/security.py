@@ -32,7 +32,7 @@ OPEN_PATHS = frozenset({"/", "/favicon.ico", "/healthz", "/readyz", "/docs", "/o
 OPEN_PREFIXES = ("/page/", "/docs/")
 """What needs no key: the page and the documentation, which hold no data, and the health checks."""
 
-READING_POSTS = re.compile(r"/v1/(embeddings|embed|classify|collections/[^/]+/(search|classify))")
+READING_POSTS = re.compile(r"/v1/(embeddings|embed|heatmap|classify|collections/[^/]+/(search|classify))")
 """POST requests that change nothing."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

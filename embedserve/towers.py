@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from embedserve.batcher import Batcher, for_the_user, settle
 from embedserve.config import ServeConfig
-from embedserve.encoder import Encoder, Proof
+from embedserve.encoder import Encoder, OutputName, Proof
 from embedserve.errors import EmbedServeError, InvalidField
 from embedserve.graph import available_cores
+from embedserve.preprocess import Region
 
-__all__ = ["Picture", "Towers"]
+__all__ = ["Look", "Picture", "Towers"]
 
 Pixels = NDArray[np.uint8]
 Vector = NDArray[np.float32]
@@ -34,6 +35,12 @@ S = TypeVar("S")
 
 INLINE_CHARACTERS = 2000
 """Texts of so many characters together are tokenized at once (0.5 ms); longer ones in a thread."""
+
+MOST_ON_CPU, MOST_ON_GPU = 16, 64
+"""Inputs of one run, unless --max-batch says otherwise."""
+
+LOOKS_PER_RUN = 8
+"""Patch vectors take megabytes an image."""
 
 REMEMBERED_COUNTS = 8192
 """Texts whose number of tokens is kept, so that `count_tokens` after `texts` costs nothing."""
@@ -51,6 +58,29 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """An image's vector and what the encoder gives beside it.
+
+    Attributes:
+        vector: float32 [dim], unit length.
+        outputs: What was asked for: `patches`, float32 [cells, length], `attention`, float32 [heads, cells].
+        pixels: uint8 [height, width, 3], as the encoder saw the image.
+        region: Which part of the image these are.
+    """
+
+    vector: Vector
+    outputs: Mapping[OutputName, Vector]
+    pixels: Pixels
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class _Glance:
+    data: bytes
+    names: frozenset[OutputName]
+
+
+@dataclass(frozen=True, slots=True)
 class _Upload:
     data: bytes
     thumbnail: bool = False
@@ -65,7 +95,8 @@ class Towers:
 
     Attributes:
         encoder: The encoder.
-        queues: The batchers by tower, `image` and `text`; for metrics.
+        queues: The batchers by tower, `image` and `text`, and `look` for images whose patches or attention
+            are wanted; for metrics.
         proof: What `start` found.
     """
 
@@ -74,34 +105,52 @@ class Towers:
         self.proof: Proof | None = None
         self._limits = config.limits
         workers = config.workers or max(1, available_cores() // encoder.threads)
+        max_batch = config.max_batch or (MOST_ON_GPU if encoder.device.is_gpu else MOST_ON_CPU)
         self._image_threads = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._text_threads = ThreadPoolExecutor(workers, thread_name_prefix="texts")
         self._images: Batcher[_Upload, Picture] = Batcher(
             self._embed_uploads,
             # The encoder would split larger batches, and the first images wait for the last.
-            max_batch=min(config.max_batch, encoder.images_per_run),
+            max_batch=min(max_batch, encoder.images_per_run),
             max_queue=config.limits.queue_size,
             workers=workers,
             executor=self._image_threads,
         )
         self._texts: Batcher[list[int], Vector] = Batcher(
             lambda tokens: list(encoder.embed_texts(tokens)),
-            max_batch=config.max_batch,
+            max_batch=max_batch,
             max_queue=config.limits.queue_size,
             workers=workers,
             length=lambda tokens: encoder.tokenizer.padded_length(len(tokens)),
             executor=self._text_threads,
         )
-        self.queues: dict[str, Batcher[Any, Any]] = {"image": self._images, "text": self._texts}
+        # A queue of their own: those who want vectors only are not made to pay for patches.
+        self._looks: Batcher[_Glance, Look] = Batcher(
+            self._look_at,
+            max_batch=min(LOOKS_PER_RUN, max_batch),
+            max_queue=config.limits.queue_size,
+            workers=workers,
+            executor=self._image_threads,
+        )
+        self.queues: dict[str, Batcher[Any, Any]] = {
+            "image": self._images,
+            "text": self._texts,
+            "look": self._looks,
+        }
         self._counts: OrderedDict[int, int] = OrderedDict()
 
     async def start(self) -> None:
-        """Runs the bundle's probe, which also makes the first request fast. Raises BundleError."""
+        """Runs the bundle's probe, which also makes the first request fast; on a GPU, all sizes of batches.
+
+        Raises BundleError, NotReady (a GPU without enough memory).
+        """
         self.proof = await _in_thread(self._image_threads, self.encoder.prove)
+        if self.encoder.device.is_gpu:
+            await _in_thread(self._image_threads, self.encoder.warm_up)
 
     async def close(self) -> None:
         """Finishes what was accepted, refuses what comes now, ends the threads."""
-        await asyncio.gather(self._images.close(), self._texts.close())
+        await asyncio.gather(*(queue.close() for queue in self.queues.values()))
         for pool in (self._image_threads, self._text_threads):
             pool.shutdown(wait=False)
 
@@ -125,6 +174,19 @@ class Towers:
         self.encoder.require_images()
         return await self._images.submit_many([_Upload(one, thumbnail=True) for one in data])
 
+    async def looks(
+        self, data: Sequence[bytes], names: Collection[OutputName]
+    ) -> list[Look | EmbedServeError]:
+        """As `images`, with the outputs of these names (`patches`, `attention`) for each image.
+
+        Raises InvalidField, code `no_such_output`, if the bundle does not offer one of them.
+        """
+        self.encoder.require_images()
+        for name in names:
+            self.encoder.require_output(name)
+        wanted = frozenset(names)
+        return await self._looks.submit_many([_Glance(one, wanted) for one in data])
+
     async def texts(self, texts: Sequence[str | list[int]]) -> list[Vector | EmbedServeError]:
         """The unit vector or the error of each text, in order. A list of ints is a text in token ids."""
         with self._texts.places(len(texts)):
@@ -147,6 +209,32 @@ class Towers:
             one if isinstance(one, EmbedServeError) else Picture(next(vectors), one[1])  # in order
             for one in read
         ]
+
+    def _look_at(self, glances: list[_Glance]) -> list[Look | EmbedServeError]:
+        """As `_embed_uploads`, with what the whole batch wants beside the vectors."""
+        read = [self._view(glance.data) for glance in glances]
+        good = [one for one in read if not isinstance(one, EmbedServeError)]
+        if not good:
+            return [one for one in read if isinstance(one, EmbedServeError)]
+        names = frozenset().union(*(glance.names for glance in glances))
+        found = self.encoder.look([pixels for pixels, _ in good], names)
+        rows = iter(range(len(good)))
+
+        def look(glance: _Glance, one: tuple[Pixels, Region]) -> Look:
+            row = next(rows)
+            outputs = {name: found.outputs[name][row] for name in glance.names}
+            return Look(found.vectors[row], outputs, *one)
+
+        return [
+            one if isinstance(one, EmbedServeError) else look(glance, one)  # in order
+            for glance, one in zip(glances, read, strict=True)
+        ]
+
+    def _view(self, data: bytes) -> tuple[Pixels, Region] | EmbedServeError:
+        try:
+            return self.encoder.read_view(data, self._limits)
+        except Exception as error:  # noqa: BLE001 -- as in `_read`
+            return for_the_user(error)
 
     def _read(self, upload: _Upload) -> tuple[Pixels, bytes] | EmbedServeError:
         try:

@@ -100,7 +100,7 @@ class Readiness:
     def _batches(self) -> dict[str, int]:
         encoder, queues = self._towers.encoder, self._towers.queues
         there = {"image": encoder.has_images, "text": encoder.has_text}
-        return {tower: queue.batches for tower, queue in queues.items() if there[tower]}
+        return {tower: queue.batches for tower, queue in queues.items() if there.get(tower)}
 
     async def _image(self) -> float | None:
         if not self._towers.encoder.has_images:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from embedserve.api.services import Services
 from embedserve.config import Limits
+from embedserve.encoder import OutputName
 from embedserve.errors import EmbedServeError, Forbidden, InvalidField, TooLarge
 from embedserve.fetch import decode_base64, parse_data_uri
+from embedserve.towers import Look
 
 __all__ = [
     "Source",
@@ -26,6 +28,7 @@ __all__ = [
     "load_image",
     "load_images",
     "located",
+    "looks",
 ]
 
 Vector = NDArray[np.float32]
@@ -187,6 +190,21 @@ async def _images(parts: Services, sources: Sequence[Source]) -> list[Vector | E
     results = [data if isinstance(data, EmbedServeError) else next(embedded) for data in loaded]
     parts.metrics.count_bad_images(results)
     return results
+
+
+async def looks(
+    parts: Services, sources: Sequence[Source], names: Collection[OutputName]
+) -> list[Look | EmbedServeError]:
+    """Each image with what the encoder gives beside its vector, or an error; as `embed`.
+
+    Raises Busy, InvalidField (code `no_such_output`).
+    """
+    loaded = await load_images(parts, sources)
+    good = [data for data in loaded if isinstance(data, bytes)]
+    found = iter(await parts.towers.looks(good, names) if good else [])
+    results = [data if isinstance(data, EmbedServeError) else next(found) for data in loaded]
+    parts.metrics.count_bad_images(results)
+    return [located(result, source.param) for result, source in zip(results, sources, strict=True)]
 
 
 async def _texts(parts: Services, sources: Sequence[Source]) -> list[Vector | EmbedServeError]:

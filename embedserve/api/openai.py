@@ -20,8 +20,9 @@ from embedserve.api.failures import json_response
 from embedserve.api.inputs import Source, check_count, embed
 from embedserve.api.openapi import answers, body
 from embedserve.api.services import Services, check_model, services, unless_gone
-from embedserve.bundle import pack_vector
+from embedserve.bundle import ImageOutputs, pack_vector
 from embedserve.errors import EmbedServeError, InvalidField, NotFound
+from embedserve.prefix import check_dimensions, shorten
 
 __all__ = ["EncodingFormat", "render_vector", "router"]
 
@@ -93,6 +94,9 @@ class Model(BaseModel):
     dimensions: list[int] = Field(
         description="Lengths trained to work as prefixes; empty: none in particular."
     )
+    outputs: ImageOutputs | None = Field(
+        description="What /v1/embed and /v1/heatmap can give of an image beside its vector; null: nothing."
+    )
     context_length: int | None = Field(description="Most tokens of a text; null without a text tower.")
     activation: Literal["softmax", "sigmoid"]
     licence: str
@@ -124,7 +128,7 @@ async def create_embeddings(request: Request) -> Response:
     parts = services(request)
     asked = await read_json(request, EmbeddingRequest)
     check_model(parts, asked.model)
-    size = check_dimensions(parts, asked.dimensions)
+    size = check_dimensions(parts.towers.encoder.bundle.description, asked.dimensions)
     sources = parse_input(asked.input, asked.modality)
     check_count(len(sources), parts.limits, "input")
     used = await unless_gone(request, _embed(parts, sources))
@@ -182,40 +186,6 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_dimensions(parts: Services, dimensions: int | None) -> int:
-    """How many numbers to keep. Raises InvalidField beyond the encoder's, or for a prefix not trained for."""
-    described = parts.towers.encoder.bundle.description
-    if dimensions is None:
-        return described.dim
-    if dimensions > described.dim:
-        raise InvalidField(
-            f"'dimensions' is {dimensions}; this encoder has {described.dim}. Ask for 1 to {described.dim}.",
-            param="dimensions",
-        )
-    if described.dims and dimensions not in {*described.dims, described.dim}:
-        allowed = ", ".join(map(str, sorted({*described.dims, described.dim})))
-        raise InvalidField(
-            f"'dimensions' is {dimensions}; this encoder was trained for prefixes of {allowed}.",
-            param="dimensions",
-        )
-    return dimensions
-
-
-def shorten(vector: NDArray[np.float32], size: int, param: str) -> NDArray[np.float32]:
-    """The first `size` numbers at unit length again. Raises InvalidField where they are all zero."""
-    if size == len(vector):
-        return vector
-    prefix = vector[:size].astype(np.float64)
-    norm = float(np.linalg.norm(prefix))
-    if norm < 1e-6:
-        raise InvalidField(
-            f"The first {size} numbers of the vector of '{param}' are all zero, so they have no direction. "
-            "Ask for more 'dimensions'.",
-            param="dimensions",
-        )
-    return (prefix / norm).astype(np.float32)
-
-
 def render_vector(vector: NDArray[np.float32], encoding_format: EncodingFormat | None) -> list[float] | str:
     """As JSON numbers, or as base64 of little-endian float32."""
     if encoding_format == "base64":
@@ -258,6 +228,7 @@ def describe_model(parts: Services) -> dict[str, Any]:
         dim=described.dim,
         modalities=[name for name, there in towers if there],
         dimensions=list(described.dims),
+        outputs=described.image.outputs if described.image else None,
         context_length=described.text.context_length if described.text else None,
         activation=described.scoring.activation,
         licence=described.licence,

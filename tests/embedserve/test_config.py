@@ -10,7 +10,7 @@ from embedserve.errors import InvalidField
 
 @pytest.mark.parametrize(
     ("settings", "flag"),
-    [({"threads": 0}, "--threads"), ({"workers": -1}, "--workers"), ({"max_batch": 0}, "--max-batch")],
+    [({"threads": 0}, "--threads"), ({"workers": -1}, "--workers"), ({"max_batch": -1}, "--max-batch")],
 )
 def test_a_server_setting_below_its_least_value_is_refused(settings: dict[str, int], flag: str) -> None:
     with pytest.raises(InvalidField, match=f"^{flag} is .* at least"):
