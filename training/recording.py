@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from training.backbones import Backbone
 
 __all__ = ["Recordings", "record_backbones"]
 
-Features = Callable[[Tensor], tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Features = Callable[[Tensor], Pair]
 
 CAPTURE = "thread_local"
 """Threads that read images ahead may page-lock memory while this one records, which is also why this is not
@@ -67,7 +69,7 @@ class _RecordedCalls:
         self._steps += 1
         self._next = 0
 
-    def __call__(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, masks: Tensor | None = None) -> Pair:
         # The first step is run as it is written: libraries allocate and choose, compilers compile.
         if masks is not None or not self._backbone.training or self._steps < 1:
             return self._features(images, masks)
@@ -87,7 +89,11 @@ class _RecordedCalls:
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         # A cast that the cache holds would be missing in the recording.
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-            record = self._with_gradient if torch.is_grad_enabled() and self._trained else self._forward_only
+            record = (
+                self._with_gradient
+                if torch.is_grad_enabled() and _trained(self._backbone)
+                else self._forward_only
+            )
             replay = record(images.detach().clone(memory_format=torch.preserve_format))
         torch.cuda.set_rng_state(numbers, device)
         with torch.no_grad():
@@ -95,27 +101,23 @@ class _RecordedCalls:
                 buffer.copy_(value)
         return replay
 
-    @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [one for one in self._backbone.parameters() if one.requires_grad]
-
     def _with_gradient(self, images: Tensor) -> Features:
-        parameters = self._trained
-        with _side_stream(images.device):
+        device = images.device
+        with _side_stream(device):
+            warm, aliases = _aliased(self._backbone, self._features)
             for _ in range(WARM_UPS):
-                made = self._features(images)
-                torch.autograd.grad(
-                    made, parameters, [torch.ones_like(one) for one in made], allow_unused=True
-                )
+                made = warm(images)
+                torch.autograd.grad(made, aliases, [torch.ones_like(one) for one in made], allow_unused=True)
+        call, aliases = _aliased(self._backbone, self._features)
         pool = torch.cuda.graph_pool_handle()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=pool, capture_error_mode=CAPTURE):
-            made = self._features(images)
+            made = call(images)
         arriving = [torch.zeros_like(one) for one in made]
         with torch.cuda.graph(backward, pool=pool, capture_error_mode=CAPTURE):
-            gradients = torch.autograd.grad(made, parameters, arriving, allow_unused=True)
-        call = _Call(images, [one.detach() for one in made], arriving, gradients, forward, backward)
-        return lambda others: _Replay.apply(call, others, *parameters)  # type: ignore[no-untyped-call]
+            gradients = torch.autograd.grad(made, aliases, arriving, allow_unused=True)
+        recorded = _Call(images, [one.detach() for one in made], arriving, gradients, forward, backward)
+        return lambda others: _Replay.apply(recorded, others, *_trained(self._backbone))  # type: ignore[no-untyped-call]
 
     def _forward_only(self, images: Tensor) -> Features:
         graph = torch.cuda.CUDAGraph()
@@ -126,12 +128,44 @@ class _RecordedCalls:
             with torch.cuda.graph(graph, capture_error_mode=CAPTURE):
                 made = self._features(images)
 
-        def replay(others: Tensor) -> tuple[Tensor, Tensor]:
+        def replay(others: Tensor) -> Pair:
             images.copy_(others)
             graph.replay()
             return made[0].detach(), made[1].detach()
 
         return replay
+
+
+def _trained(backbone: Backbone) -> list[nn.Parameter]:
+    return [one for one in backbone.parameters() if one.requires_grad]
+
+
+def _aliased(backbone: Backbone, features: Callable[..., Pair]) -> tuple[Features, list[Tensor]]:
+    """A call that reads the trained parameters through new ones in the same memory, and those.
+
+    Autograd ties a parameter to the stream in which it was first used, the default one as a rule, and a
+    recording must not wait for that.
+    """
+    whole = _AsModule(backbone, features)
+    aliases: dict[str, Tensor] = {
+        name: nn.Parameter(one.detach()) for name, one in whole.named_parameters() if one.requires_grad
+    }
+
+    def call(images: Tensor) -> Pair:
+        made: Pair = functional_call(whole, aliases, (images,))
+        return made
+
+    return call, list(aliases.values())
+
+
+class _AsModule(nn.Module):
+    def __init__(self, backbone: Backbone, features: Callable[..., Pair]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._call = features
+
+    def forward(self, images: Tensor) -> Pair:
+        return self._call(images)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

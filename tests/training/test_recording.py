@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (extra 'train')")
 
 from tests.training.tiny import TinyConv, batch_for, tiny_method  # noqa: E402
+from training import recording  # noqa: E402
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, augment, draw, plan  # noqa: E402
 from training.augment.drawing import uniforms  # noqa: E402
 from training.augment.recorded import RecordedViews, augment_all  # noqa: E402
@@ -97,3 +98,18 @@ def test_recorded_views_are_the_views_that_were_drawn() -> None:
             work = plan(view, draw(view, aspect, source), stored_size=32, device=stored.device)
             close = torch.isclose(found.cpu(), augment(stored, work), rtol=0, atol=2e-2)  # TF32 allowed
             assert close.float().mean() > 0.999
+
+
+def test_a_call_through_aliases_uses_the_parameters_memory_and_gives_their_gradients() -> None:
+    backbone, images = TinyConv(), torch.randn(4, 3, 16, 16)
+    call, aliases = recording._aliased(backbone, backbone.features)
+    for step in range(2):
+        expected = torch.autograd.grad(
+            backbone.features(images)[0].square().sum(), list(backbone.parameters())
+        )
+        found = torch.autograd.grad(call(images)[0].square().sum(), aliases)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, msg=f"step {step}")
+        with torch.no_grad():
+            for one in backbone.parameters():
+                one.add_(0.1)
