@@ -73,7 +73,7 @@ def main() -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A Markdown table with a row for each method; the ratio is that of the faster of our two loops."""
     lines = [
-        "| method | whole loop, images/s | of forward + backward alone | with compile=true | lightly | ratio |",
+        "| method | whole loop, images/s | of forward + backward | with compile=true | lightly | ratio |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

@@ -64,6 +64,7 @@ class Batches:
         parts: Parts that a step's batch is cut into.
         seed: The run's.
         groups: Whether partners are drawn from groups.
+        compile: Whether a GPU makes views with compiled code.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Batches:
         parts: int,
         seed: int,
         groups: bool,
+        compile: bool = False,
     ) -> None:
         self.pixels, self.rows, self.views = pixels, rows, views
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
@@ -85,13 +87,18 @@ class Batches:
         self._partners = Partners(self._groups, seed)
         self._share = batch_size // parts // world_size()
         self._rank, self._ranks = rank(), world_size()
+        self._compile = compile
         self._recorded: RecordedViews | None = None
 
     def from_step(self, step: int, steps: int) -> Generator[Part, None, None]:
         """The parts of every step from `step` to the last; close it when leaving early."""
         if self.pixels.device.type == "cuda" and self._recorded is None:
             self._recorded = RecordedViews(
-                self.views, count=self._share, stored_size=self.pixels.size, device=self.pixels.device
+                self.views,
+                count=self._share,
+                stored_size=self.pixels.size,
+                device=self.pixels.device,
+                compile=self._compile,
             )
         with (
             contextlib.closing(self.pixels.prefetch(self._wanted(step, steps))) as pixels,

@@ -168,6 +168,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         parts=config.accumulate,
         seed=config.seed,
         groups=facts.groups,
+        compile=config.compile,
     )
 
     # --------------------------------------------------------------------------------------- watching

@@ -142,10 +142,10 @@ def rotate_hue_(images: Tensor, turns: Tensor) -> Tensor:
     torch.copysign(hue, torch.sub(green, blue, out=ramp), out=hue)
     hue.mul_(1 / 6).add_((turns + 2)[:, None, None]).frac_().mul_(6)  # frac() wants what is above 0
     torch.sub(hue, 3, out=ramp).abs_().sub_(1).clamp_(0, 1)
-    torch.addcmul(low, ramp, chroma, out=red)
+    red.copy_(torch.addcmul(low, ramp, chroma))
     for channel, middle in ((green, 2), (blue, 4)):
         torch.sub(hue, middle, out=ramp).abs_().neg_().add_(2).clamp_(0, 1)
-        torch.addcmul(low, ramp, chroma, out=channel)
+        channel.copy_(torch.addcmul(low, ramp, chroma))
     return images
 
 
