@@ -1,8 +1,9 @@
 """What text goes through before its tokenizer where a tokenizer.json cannot say it.
 
-open_clip repairs wrongly decoded text (ftfy: "â€™" → "'") and resolves HTML entities ("&amp;lt;" → "<") before
-it cuts texts into tokens. Neither can be written as a normalizer of the Hugging Face format, and its lower-casing
-goes character by character where Python's knows the final sigma. A bundle therefore names one of these rules.
+open_clip repairs wrongly decoded text (ftfy: "â€™" → "'") and resolves HTML entities ("&amp;lt;" → "<")
+before cutting texts into tokens. Neither can be written as a normalizer of the Hugging Face format, whose
+lower-casing besides goes character by character, where Python's knows the final sigma. So a bundle names one
+of these rules.
 """
 
 from __future__ import annotations

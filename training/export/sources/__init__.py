@@ -1,0 +1,1 @@
+"""Where encoders come from: one module for each library, with one function `original` each."""
