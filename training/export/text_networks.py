@@ -24,9 +24,7 @@ class EndTokenText(nn.Module):
             `eos_id`; first: the first position.
     """
 
-    def __init__(
-        self, tower: nn.Module, pooling: Literal["argmax", "eos", "first"], eos_id: int | None
-    ) -> None:
+    def __init__(self, tower: nn.Module, pooling: Literal["argmax", "eos", "first"], eos_id: int) -> None:
         super().__init__()
         self.embedding = cast(nn.Embedding, tower.token_embedding)
         self.positions = cast(nn.Parameter, tower.positional_embedding)
@@ -103,7 +101,7 @@ class First(nn.Module):
 
 
 def open_clip_text(model: nn.Module) -> tuple[nn.Module, Literal["longest", "context"]]:
-    """The text side of an open_clip model (`CLIP`, `CustomTextCLIP`, `CoCa`), and how its rows are filled up."""
+    """The text side of an open_clip model (`CLIP`, `CustomTextCLIP`, `CoCa`), and how its rows are padded."""
     from open_clip.hf_model import HFTextEncoder
 
     tower = cast(nn.Module, getattr(model, "text", model))
@@ -114,14 +112,11 @@ def open_clip_text(model: nn.Module) -> tuple[nn.Module, Literal["longest", "con
     if tower is not model and tower.cls_emb is not None and tower.attn_mask is not None:
         return CoCaText(tower), "longest"
     pooling = cast(Any, tower.pool_type if tower is not model else tower.text_pool_type)
-    pad_id = getattr(tower, "pad_id", 0)
-    ends = pooling in {"first", "eos"} or (
-        pooling == "argmax" and pad_id == 0
-    )  # else a pad id may be the largest
+    # Filling up with zeros leaves the largest id the largest; another pad id might become it.
+    ends = pooling in {"first", "eos"} or (pooling == "argmax" and getattr(tower, "pad_id", 0) == 0)
     if tower.attn_mask is not None and ends:
-        return EndTokenText(
-            tower, pooling, getattr(tower, "eos_id", getattr(tower, "text_eos_id", None))
-        ), "longest"
+        eos_id = cast(int, tower.eos_id if tower is not model else tower.text_eos_id)
+        return EndTokenText(tower, pooling, eos_id), "longest"
     return (First(tower) if tower is not model else _EncodeText(model)), "context"
 
 

@@ -166,6 +166,9 @@ def _anonymous(model: onnx.ModelProto, shape: tuple[int | str, ...]) -> onnx.Mod
         del value.metadata_props[:]
     # Values are numbered through: the exporter's names are long, and its own choice from version to version.
     names = {graph.output[0].name: "embedding"}
+    for weight in graph.initializer:
+        if weight.name == "embedding":  # a lookup of constants, folded
+            names[weight.name] = weight.name = "embedding.folded"
     for node in graph.node:
         for value in node.output:
             names.setdefault(value, f"x{len(names)}")
