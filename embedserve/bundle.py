@@ -85,6 +85,9 @@ class Preprocessing(_Part):
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     background: tuple[int, int, int] = (255, 255, 255)
     """RGB that transparent pixels and the border of `longest` are filled with."""
+    odd_crop: Literal["even", "down"] = "even"
+    """Where the crop begins if half a pixel is left over: even: at the even pixel of the two (torchvision,
+    open_clip, timm); down: at the first (Hugging Face)."""
 
 
 class ImageOutputs(_Part):
@@ -210,13 +213,10 @@ class Bundle:
         A collection remembers it. A better model card leaves it as it is; other weights change it.
         """
         described = self.description
-        text = described.text.model_dump(mode="json") if described.text else None
-        if text and text["cleaning"] == "none":
-            del text["cleaning"]  # bundles from before this field keep their fingerprint
         decides = {
             "files": {name: digest for name, digest in described.files.items() if not name.endswith(".md")},
             "image": _deciding(described.image) if described.image else None,
-            "text": text,
+            "text": _deciding(described.text) if described.text else None,
             "dim": described.dim,
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -280,8 +280,17 @@ def _check_hashes(bundle: Bundle) -> None:
             )
 
 
-def _deciding(tower: ImageTower) -> dict[str, Any]:
-    return tower.model_dump(mode="json", exclude={"outputs"})  # which change no embedding
+def _deciding(tower: ImageTower | TextTower) -> dict[str, Any]:
+    """What of a tower's description changes its embeddings.
+
+    Later fields count only where they say something, so that bundles from before keep their fingerprint.
+    """
+    decides = tower.model_dump(mode="json", exclude={"outputs"})
+    if decides.get("cleaning") == "none":
+        del decides["cleaning"]
+    if decides.get("preprocessing", {}).get("odd_crop") == "even":
+        del decides["preprocessing"]["odd_crop"]
+    return decides
 
 
 @contextmanager

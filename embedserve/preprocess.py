@@ -47,7 +47,7 @@ def preprocess(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:
     if image.mode != "RGB":
         raise ValueError(f"preprocess takes an RGB image, not {image.mode}; decode it with embedserve.decode")
     width, height = _resized(image.width, image.height, spec)
-    across, down = _crop(width, spec.width), _crop(height, spec.height)
+    across, down = _crop(width, spec.width, spec), _crop(height, spec.height, spec)
     x_scale, y_scale = image.width / width, image.height / height
     part = image.resize(
         (across.length, down.length),
@@ -83,7 +83,7 @@ class Region:
 def region(width: int, height: int, spec: Preprocessing) -> Region:
     """Where the pixels that `preprocess` gives for an image of `width` × `height` lie in it."""
     resized = _resized(width, height, spec)
-    across, down = _crop(resized[0], spec.width), _crop(resized[1], spec.height)
+    across, down = _crop(resized[0], spec.width, spec), _crop(resized[1], spec.height, spec)
     return Region(
         (across.start - across.pad) / resized[0],
         (down.start - down.pad) / resized[1],
@@ -139,8 +139,9 @@ class _Axis:
     pad: int
 
 
-def _crop(resized: int, crop: int) -> _Axis:
+def _crop(resized: int, crop: int, spec: Preprocessing) -> _Axis:
     # torchvision's CenterCrop: the odd pixel of padding goes after, the crop's half pixel to the even side
     if resized <= crop:
         return _Axis(0, resized, (crop - resized) // 2)
-    return _Axis(round((resized - crop) / 2), crop, 0)
+    spare = resized - crop
+    return _Axis(spare // 2 if spec.odd_crop == "down" else round(spare / 2), crop, 0)

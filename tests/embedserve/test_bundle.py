@@ -103,22 +103,26 @@ def test_a_graph_without_hash_does_not_open(folder: Path) -> None:
         open_bundle(folder)
 
 
-def test_a_cleaning_rule_changes_the_fingerprint_and_its_absence_does_not(folder: Path) -> None:
-    """Collections remember fingerprints from before the rule existed."""
+def test_the_rules_of_later_fields_count_for_the_fingerprint_only_where_they_are_used(folder: Path) -> None:
+    """Collections remember fingerprints from before these fields existed."""
     described = open_bundle(folder).description
+    assert described.image is not None
     assert described.text is not None
-    text = described.text.model_dump(mode="json")
-    del text["cleaning"]
+    image = described.image.model_dump(mode="json", exclude={"outputs": True, "preprocessing": {"odd_crop"}})
     before = {
         "files": {name: digest for name, digest in described.files.items() if name != "README.md"},
-        "image": described.image.model_dump(mode="json", exclude={"outputs"}) if described.image else None,
-        "text": text,
+        "image": image,
+        "text": described.text.model_dump(mode="json", exclude={"cleaning"}),
         "dim": described.dim,
     }
     expected = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
     assert open_bundle(folder).fingerprint == expected
-    cleaned = described.text.model_copy(update={"cleaning": "lower"})
-    assert seal(folder, described.model_copy(update={"text": cleaned})).fingerprint != expected
+
+    text = described.text.model_copy(update={"cleaning": "lower"})
+    assert seal(folder, described.model_copy(update={"text": text})).fingerprint != expected
+    pixels = described.image.preprocessing.model_copy(update={"odd_crop": "down"})
+    image_tower = described.image.model_copy(update={"preprocessing": pixels})
+    assert seal(folder, described.model_copy(update={"image": image_tower})).fingerprint != expected
 
 
 def test_the_fingerprint_follows_the_vectors_and_not_the_card(folder: Path, tmp_path: Path) -> None:

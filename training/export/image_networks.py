@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-__all__ = ["OpenClipAttention", "OpenClipPatches", "TimmPatches", "open_clip_parts"]
+__all__ = [
+    "HuggingFaceAttention",
+    "HuggingFacePatches",
+    "HuggingFacePooled",
+    "OpenClipAttention",
+    "OpenClipPatches",
+    "TimmPatches",
+    "open_clip_parts",
+]
 
 
 class OpenClipPatches(nn.Module):
@@ -64,3 +72,80 @@ def open_clip_parts(visual: nn.Module) -> tuple[nn.Module | None, nn.Module | No
     if isinstance(trunk, vision_transformer.VisionTransformer):
         return TimmPatches(trunk), None
     return None, None
+
+
+class HuggingFacePooled(nn.Module):
+    """The vector of an image in transformers.
+
+    features: a model with two towers gives it in the space it shares with texts; pooled: as the model pools;
+    class: the class token after the last norm; mean: the mean of the patches after it.
+    """
+
+    def __init__(self, model: nn.Module, kind: Literal["features", "pooled", "class", "mean"]) -> None:
+        super().__init__()
+        self.model = model
+        self.kind = kind
+        self.prefix = _prefix(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        model = cast(Any, self.model)
+        if self.kind == "features":
+            return cast(Tensor, model.get_image_features(pixel_values=images).pooler_output)
+        found = model(pixel_values=images)
+        if self.kind == "pooled":
+            return cast(Tensor, found.pooler_output)
+        tokens = cast(Tensor, found.last_hidden_state)
+        return tokens[:, 0] if self.kind == "class" else tokens[:, self.prefix :].mean(dim=1)
+
+
+class HuggingFacePatches(nn.Module):
+    """Patch tokens of a vision transformer in transformers, as it gives them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.vision = cast(nn.Module, getattr(model, "vision_model", model))
+        self.prefix = _prefix(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.vision)(pixel_values=images).last_hidden_state)[:, self.prefix :]
+
+
+class HuggingFaceAttention(nn.Module):
+    """What the class token of CLIP, DINOv2 or ViT in transformers attends to in the last block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.vision = cast(nn.Module, getattr(model, "vision_model", model))
+        self.prefix = _prefix(model)
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """SigLIP has no class token; BEiT adds positions to its attention in a way of its own."""
+        return cast(Any, model).config.model_type in {"clip", "dinov2", "dinov2_with_registers", "vit"}
+
+    def forward(self, images: Tensor) -> Tensor:
+        vision = cast(Any, self.vision)
+        *blocks, last = _blocks(vision)
+        tokens = vision.embeddings(images)
+        if hasattr(vision, "pre_layrnorm"):
+            tokens = vision.pre_layrnorm(tokens)
+        for block in blocks:
+            tokens = block(tokens, attention_mask=None)
+        norm = next(getattr(last, name) for name in NORMS if hasattr(last, name))
+        attend = last.self_attn if hasattr(last, "self_attn") else last.attention
+        return cast(Tensor, attend(norm(tokens), attention_mask=None)[1])[:, :, 0, self.prefix :]
+
+
+NORMS = ("norm1", "layer_norm1", "layernorm_before")
+"""What transformers calls the norm before attention: in DINOv2, CLIP and ViT."""
+
+
+def _blocks(vision: Any) -> Any:
+    encoder = getattr(vision, "encoder", vision)
+    return encoder.layer if hasattr(encoder, "layer") else encoder.layers
+
+
+def _prefix(model: nn.Module) -> int:
+    """Tokens before the patches."""
+    config = cast(Any, model).config
+    return 0 if config.model_type == "siglip" else 1 + getattr(config, "num_register_tokens", 0)

@@ -89,12 +89,13 @@ def from_hugging_face(
         raise InvalidField(
             f"{name} names no padding token; set pad_token in tokenizer_config.json.", param="source"
         )
-    if tokenizer.truncation_side != "right":
-        raise InvalidField(
-            f"{name} cuts long texts on the {tokenizer.truncation_side}; serving cuts them on the right. Set "
-            "truncation_side in tokenizer_config.json if the encoder was trained so.",
-            param="source",
-        )
+    for what, side in (("cuts", tokenizer.truncation_side), ("fills up", tokenizer.padding_side)):
+        if side != "right":
+            raise InvalidField(
+                f"{name} {what} texts on the {side}; serving does so on the right. Set padding_side and "
+                "truncation_side in tokenizer_config.json to 'right' if the encoder was trained so.",
+                param="source",
+            )
     document = json.loads(backend.to_str())
     document["truncation"] = document["padding"] = None  # left over from whatever was encoded last
     if without_separator:
