@@ -146,7 +146,7 @@ def _place(rest: str) -> _Place:
 @contextmanager
 def _reaching(place: _Place) -> Iterator[None]:
     """Loads without transformers' own reports, and turns what goes wrong into a sentence."""
-    logs = transformers.logging
+    logs = _untyped(transformers.utils.logging)
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity(logs.CRITICAL)
     logs.disable_progress_bar()
