@@ -48,6 +48,7 @@ __all__ = [
     "Probe",
     "Scoring",
     "TextTower",
+    "check_out",
     "new_bundle",
     "open_bundle",
     "pack_vector",
@@ -297,11 +298,10 @@ def _deciding(tower: ImageTower | TextTower) -> dict[str, Any]:
 def new_bundle(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place if the block succeeds and vanishes if it fails.
 
-    Raises BundleError when `out` exists and is something other than a bundle or an empty folder.
+    Raises BundleError as `check_out` does.
     """
+    check_out(out)
     out = Path(out).absolute()
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise BundleError(f"'{out}' exists and is not an encoder bundle; choose another --out or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     replaced = folder.with_name(f"{folder.name}-replaced")
@@ -317,6 +317,13 @@ def new_bundle(out: Path) -> Iterator[Path]:
             replaced.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_out(out: Path) -> None:
+    """Raises BundleError when `out` exists and is something other than a bundle or an empty folder."""
+    out = Path(out).absolute()
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise BundleError(f"'{out}' exists and is not an encoder bundle; choose another --out or remove it.")
 
 
 def seal(folder: Path, description: Description) -> Bundle:

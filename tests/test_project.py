@@ -40,7 +40,10 @@ def test_the_version_is_told_in_one_voice() -> None:
 
 def test_what_is_tested_is_pinned_and_allowed_by_the_requirements() -> None:
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["demo"], *extras["train"], *extras["dev"]]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(one for key in ("demo", "train", "hub", "dev") for one in extras[key]),
+    ]
     for requirement in map(Requirement, wanted):
         pin = PINS.get(requirement.name.lower().replace("_", "-"))
         assert pin is not None, f"{requirement.name} is not in constraints.txt"

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from embedserve.cli import collections, encoders, server, training
+from embedserve.cli import collections, encoders, pull, server, training
 from embedserve.cli.base import FAILED, INTERRUPTED, OK, USAGE, Usage, app
 from embedserve.cli.terminal import complain, note
 from embedserve.errors import EmbedServeError
 
-__all__ = ["app", "collections", "encoders", "main", "server", "training"]
+__all__ = ["app", "collections", "encoders", "main", "pull", "server", "training"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
