@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from embedserve.cleaning import Cleaning
 from embedserve.errors import BundleError
 from embedserve.hub.pixels import PixelRules
 
@@ -56,13 +57,15 @@ class ForeignTexts:
     label: str
     output: Output
     tokenizer: str
-    """The text of our tokenizer.json: theirs, with the cleaning that their code does before it."""
+    """The text of tokenizer.json."""
     their_tokens: Callable[[str], list[int]]
     """A text as their code tokenizes it: special tokens included, cut to the context, not padded."""
     context_length: int
     pad_id: int
     padding: Literal["longest", "context"]
     """A graph of fixed length is padded to that length, whatever is said here."""
+    cleaning: Cleaning = "none"
+    """What their code does to a text before its tokenizer."""
     masked: bool = True
     """Their tokenizer masks padding, where the graph takes a mask at all (SigLIP's does not)."""
 

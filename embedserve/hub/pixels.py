@@ -6,6 +6,7 @@ version of their steps with Pillow and NumPy, which the proof follows. The secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,6 +93,7 @@ def from_huggingface(config: Mapping[str, Any], where: str) -> PixelRules:
             resize="shortest" if stretched is None else "squash",
             resize_to=shortest if stretched is None else min(stretched),
             interpolation=filter_name,
+            odd_crop="down",
         ),
         scale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
         mean=_three(config.get("image_mean", 0.5)) if normalises else (0.0, 0.0, 0.0),
@@ -102,6 +104,7 @@ def from_huggingface(config: Mapping[str, Any], where: str) -> PixelRules:
             else _shortest_to(image, int(shortest or 0), filter_name),
             height,
             width,
+            begin=math.floor,
         ),
     )
 
@@ -130,7 +133,7 @@ def from_open_clip(config: Mapping[str, Any], where: str) -> PixelRules:
         if mode == "squash":
             return image.resize((width, height), _FILTERS[filter_name])
         if mode == "shortest":
-            return _crop(_shortest_to(image, height, filter_name), height, width)
+            return _crop(_shortest_to(image, height, filter_name), height, width, begin=round)
         longest = max(image.size)
         small = image.resize(
             (round(image.width * width / longest), round(image.height * height / longest)),
@@ -163,8 +166,8 @@ def _shortest_to(image: Image.Image, target: int, filter_name: Interpolation) ->
     return image.resize(shape, _FILTERS[filter_name])
 
 
-def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+def _crop(image: Image.Image, height: int, width: int, *, begin: Callable[[float], int]) -> Image.Image:
+    left, top = begin((image.width - width) / 2), begin((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 

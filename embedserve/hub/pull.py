@@ -276,6 +276,7 @@ def _texts(repository: Repository, foreign: ForeignTexts, folder: Path) -> tuple
         context_length=foreign.context_length,
         pad_id=foreign.pad_id,
         padding="context" if face.length is not None else foreign.padding,
+        cleaning=foreign.cleaning,
     )
     with _original(model, repository, foreign, folder, "text") as graph:
         theirs = proof.their_texts(graph, face, foreign)

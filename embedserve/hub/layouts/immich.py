@@ -5,21 +5,18 @@
     textual/model.onnx           text → embedding; tokenizer.json and tokenizer_config.json beside it
 
 Older exports take float32 [1, 3, size, size] and int32 [1, context], newer ones uint8 [batch, size, size, 3]
-and int32 [batch, context]. Their code collapses white space before tokenizing, and for models that ask for
-`clean: canonicalize` (SigLIP) drops ASCII punctuation and capitals as well; here that becomes part of
-tokenizer.json. For an underscore open_clip leaves a blank, as these models were trained with, Immich nothing:
-here open_clip is followed.
+and int32 [batch, context]. Texts are cleaned before tokenizing as open_clip does, since that is what these
+models were trained with; Immich's own code leaves HTML entities as they are, and makes `snake_case` one
+word for SigLIP.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
-from tokenizers import Regex, normalizers
-
+from embedserve.cleaning import Cleaning, clean
+from embedserve.errors import BundleError
 from embedserve.hub.fetching import Repository
 from embedserve.hub.foreign import Foreign, ForeignImages, ForeignTexts, Output
 from embedserve.hub.pixels import from_open_clip
@@ -60,38 +57,29 @@ def _images(repository: Repository) -> ForeignImages:
 
 def _texts(repository: Repository, config: Mapping[str, Any]) -> ForeignTexts:
     path = repository.path("textual/tokenizer.json")
-    tokenizer = open_tokenizer(path)
     context = int(config.get("context_length", CONTEXT))
-    pad = pad_id(repository, tokenizer, "textual/")
-    canonical = (config.get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
-    tokens = tokenize_as(path, context, _canonicalise if canonical else _collapse)
-    cleaning = [
-        *(_canonical_form() if canonical else []),
-        normalizers.Replace(Regex(r"\s+"), " "),
-        normalizers.Strip(),
-    ]
-    theirs = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
-    tokenizer.normalizer = normalizers.Sequence([*cleaning, *theirs])
+    rule = _cleaning(repository, config)
     return ForeignTexts(
         graph=repository.path(TEXTUAL),
         label=TEXTUAL,
         output=Output(names=("text_embedding", "embedding"), or_first=True),
-        tokenizer=tokenizer.to_str(),
-        their_tokens=tokens,
+        tokenizer=path.read_text(encoding="utf-8"),
+        their_tokens=tokenize_as(path, context, lambda text: clean(text, rule)),
         context_length=context,
-        pad_id=pad,
+        pad_id=pad_id(repository, open_tokenizer(path), "textual/"),
         padding="context",
+        cleaning=rule,
     )
 
 
-def _canonical_form() -> list[normalizers.Normalizer]:
-    punctuation = Regex(f"[{re.escape(string.punctuation)}]")
-    return [normalizers.Replace("_", " "), normalizers.Replace(punctuation, ""), normalizers.Lowercase()]
-
-
-def _collapse(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _canonicalise(text: str) -> str:
-    return _collapse(text.replace("_", " ").translate(str.maketrans("", "", string.punctuation)).lower())
+def _cleaning(repository: Repository, config: Mapping[str, Any]) -> Cleaning:
+    """open_clip's own tokenizer lowers capitals; one from Hugging Face does as its name in the configuration
+    says, and else joins white space only."""
+    usual = "whitespace" if config.get("hf_tokenizer_name") else "lower"
+    said = (config.get("tokenizer_kwargs") or {}).get("clean", usual)
+    if said not in get_args(Cleaning):
+        raise BundleError(
+            f"'config.json' of {repository.at} says clean={said!r}; known are "
+            f"{', '.join(get_args(Cleaning))}."
+        )
+    return cast(Cleaning, said)

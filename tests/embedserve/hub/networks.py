@@ -29,6 +29,7 @@ torchvision_ops.register()
 import open_clip  # noqa: E402
 import transformers  # noqa: E402
 from torchvision import transforms  # noqa: E402
+from torchvision.transforms.functional import crop as cut  # noqa: E402
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DIM, SIZE, WIDTH = 24, 32, 32
@@ -103,7 +104,9 @@ def shortest_then_crop(resize: int, crop: int, mean: Sequence[float], std: Seque
     return transforms.Compose(
         [
             transforms.Resize(resize, bicubic),
-            transforms.CenterCrop(crop),
+            lambda image: cut(
+                image, int((image.height - crop) / 2), int((image.width - crop) / 2), crop, crop
+            ),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
         ]

@@ -20,7 +20,8 @@ from tests.embedserve.hub.small_hub import SmallHub
 WITH_MODULES = (
     "import sys; from embedserve.cli import main\n"
     "code = main(sys.argv[1:])\n"
-    "print(sorted({'torch', 'torchvision', 'transformers', 'open_clip', 'timm', 'training'} & set(sys.modules)))\n"
+    "unwanted = {'torch', 'torchvision', 'transformers', 'open_clip', 'timm', 'training'}\n"
+    "print(sorted(unwanted & set(sys.modules)))\n"
     "sys.exit(code)"
 )
 
@@ -96,7 +97,7 @@ def test_what_was_pulled_is_shown_with_what_was_assumed(
     out, err = capsys.readouterr()
     first, image, text = out.splitlines()
     assert first.startswith("mine: image and text, 32 numbers, written to")
-    assert image.startswith("image least cosine 1.0000") or image.startswith("image least cosine 0.9999")
+    assert image.startswith(("image least cosine 1.0000", "image least cosine 0.9999"))
     assert text.endswith("to their own graph on 17 inputs")
     assert "--logit-scale 117.33 and --logit-bias -12.93 are assumed" in err
     assert (
@@ -132,7 +133,11 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
 
 @pytest.mark.parametrize("package", ["onnx", "huggingface_hub"])
 def test_without_the_extra_the_message_says_which(package: str, tmp_path: Path) -> None:
-    code = f"import sys; sys.modules['{package}'] = None\nfrom embedserve.cli import main\nsys.exit(main(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.modules['{package}'] = None\n"
+        "from embedserve.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
     answer = run(code, "pull", "a/b", home=tmp_path)
     assert answer.returncode == 1
     assert f"Pulling needs '{package}'; install it with `pip install 'embedserve[hub]'`" in answer.stderr
