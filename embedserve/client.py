@@ -192,10 +192,18 @@ class Client:
         return object_of(await self._request("GET", f"/v1/collections/{_segment(name)}"))
 
     async def create_collection(
-        self, name: str, *, description: str | None = None, metadata: JsonObject | None = None
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        metadata: JsonObject | None = None,
+        dimensions: int | None = None,
     ) -> JsonObject:
-        """Makes the collection, or updates what is given of one that is there."""
-        body = _given(description=description, metadata=metadata)
+        """Makes the collection, or updates what is given of one that is there.
+
+        `dimensions`: a new one keeps so many leading numbers of each vector.
+        """
+        body = _given(description=description, metadata=metadata, dimensions=dimensions)
         return object_of(await self._request("PUT", f"/v1/collections/{_segment(name)}", json=body))
 
     async def drop_collection(self, name: str) -> None:

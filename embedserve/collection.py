@@ -47,7 +47,7 @@ from embedserve.items import (
 from embedserve.query import each_or_all
 from embedserve.ranking import Links, field_value, mix
 from embedserve.shelf import Shelf, translate, unknown_item
-from embedserve.towers import Towers
+from embedserve.short_towers import Embeds
 from indexes.base import StoreError
 
 __all__ = ["Collection"]
@@ -80,7 +80,7 @@ class Collection:
         name: str,
         *,
         shelf: Shelf,
-        towers: Towers,
+        towers: Embeds,
         limits: Limits,
         executor: Executor,
     ) -> None:

@@ -39,8 +39,10 @@ from embedserve.items import (
     StoredItem,
     Thumbnail,
 )
+from embedserve.prefix import check_dimensions
 from embedserve.record import Record
 from embedserve.shelf import STORE, Shelf, translate
+from embedserve.short_towers import ShortTowers
 from embedserve.towers import Towers
 from indexes import open_store
 from indexes.base import StoreError, StoreLocked
@@ -96,16 +98,28 @@ class Library:
         )
 
     async def create(
-        self, name: str, *, description: str | None = None, metadata: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        dimensions: int | None = None,
     ) -> tuple[CollectionInfo, bool]:
         """Makes the collection, or updates the description and metadata that are given (not None) of one that
         is there. True: it was made now (201), False: it was there (200).
 
-        Raises InvalidField (name, metadata), Conflict (it is there, made with another encoder or damaged).
+        Args:
+            dimensions: It keeps so many leading numbers of each vector, at unit length again; None: all.
+
+        Raises InvalidField (name, metadata, dimensions), Conflict (it is there, made with another encoder or
+        with other dimensions, or damaged).
         """
         records.check_name(name)
         own = None if metadata is None else check_metadata(metadata)
-        made = await self._alone(name, partial(self._thread, partial(self._create, name, description, own)))
+        if dimensions is not None:
+            check_dimensions(self._towers.encoder.bundle.description, dimensions)
+        create = partial(self._create, name, description, own, dimensions)
+        made = await self._alone(name, partial(self._thread, create))
         return await self.describe(name), made
 
     async def get(self, name: str) -> Collection:
@@ -193,10 +207,11 @@ class Library:
         if name not in self._opened:
             folder = self._existing(name)
             shelf = await self._thread(partial(self._open_shelf, folder))
+            short = shelf.store.dim < self._towers.dim
             self._opened[name] = Collection(
                 name,
                 shelf=shelf,
-                towers=self._towers,
+                towers=ShortTowers(self._towers, shelf.store.dim) if short else self._towers,
                 limits=self._limits,
                 executor=self._executor,
             )
@@ -218,7 +233,13 @@ class Library:
             raise _closing() from None
         return await asyncio.wrap_future(future)
 
-    def _create(self, name: str, description: str | None, metadata: Mapping[str, Any] | None) -> bool:
+    def _create(
+        self,
+        name: str,
+        description: str | None,
+        metadata: Mapping[str, Any] | None,
+        dimensions: int | None,
+    ) -> bool:
         folder, bundle = self.folder / name, self._towers.encoder.bundle
         if folder.exists():
             try:
@@ -226,6 +247,12 @@ class Library:
             except EmbedServeError as error:
                 raise Conflict(str(error), code=error.code) from None
             self._check_encoder(name, record)
+            if dimensions not in (None, record.dim):
+                raise Conflict(
+                    f"Collection '{name}' keeps {record.dim} numbers of each vector, not {dimensions}, and "
+                    "that cannot change. Index the images into a new collection.",
+                    code="other_dimensions",
+                )
             given = {"description": description, "metadata": metadata}
             given = {key: value for key, value in given.items() if value is not None}
             changed = record.model_copy(update=given)
@@ -235,7 +262,7 @@ class Library:
         record = Record(
             description=description or "",
             metadata=metadata or {},
-            dim=bundle.dim,
+            dim=dimensions or bundle.dim,
             encoder=bundle.name,
             fingerprint=bundle.fingerprint,
             created=datetime.now(UTC),
@@ -244,8 +271,9 @@ class Library:
         return True
 
     def _open_shelf(self, folder: Path) -> Shelf:
-        self._check_encoder(folder.name, records.read(folder))
-        return Shelf(folder, self._towers.encoder.dim)
+        record = records.read(folder)
+        self._check_encoder(folder.name, record)
+        return Shelf(folder, record.dim)
 
     # --- checks -----------------------------------------------------------------------------------------
 
@@ -260,7 +288,7 @@ class Library:
 
     def _check_encoder(self, name: str, record: Record) -> None:
         bundle = self._towers.encoder.bundle
-        if record.fingerprint == bundle.fingerprint and record.dim == bundle.dim:
+        if record.fingerprint == bundle.fingerprint and record.dim <= bundle.dim:
             return
         theirs = f"'{record.encoder}' ({record.fingerprint[:8]}, {record.dim} numbers)"
         ours = f"'{bundle.name}' ({bundle.fingerprint[:8]}, {bundle.dim} numbers)"

@@ -152,6 +152,12 @@ class Encoder:
         return cls(bundle, threads=threads, device=device, engines=engines)
 
     @property
+    def provider(self) -> str:
+        """The execution provider that runs the towers, in ONNX Runtime's words."""
+        towers = [tower for tower in (self._images, self._texts) if tower is not None]
+        return towers[0].graph.provider
+
+    @property
     def has_images(self) -> bool:
         return self._images is not None
 

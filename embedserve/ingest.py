@@ -62,6 +62,7 @@ async def ingest(
     *,
     metadata: Path | None = None,
     caption: str | None = None,
+    dimensions: int | None = None,
     prune: bool = False,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     progress: Progress = _no_progress,
@@ -71,6 +72,7 @@ async def ingest(
     Args:
         metadata: A CSV or JSONL file with a `path` column; its other columns become metadata.
         caption: The column whose text is embedded with the picture. A file without one is embedded alone.
+        dimensions: A new collection keeps so many leading numbers of each vector; None: all.
         prune: Delete items that came from a file which is gone. Nothing is deleted when the folder holds no
             image at all (an unmounted disk), nor below a folder that could not be listed.
         max_image_bytes: Larger files are reported, not sent.
@@ -88,7 +90,7 @@ async def ingest(
     report.unmatched = sorted(set(sidecar) - present)
     if not tree.files:
         return report
-    known = await known_items(client, collection)
+    known = await known_items(client, collection, dimensions)
     todo: list[tuple[FileFound, Mapping[str, Any]]] = []
     for file in tree.files:
         wanted = {**sidecar.get(file.id, {}), **file.metadata()}
@@ -151,9 +153,16 @@ def _up_to_date(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, exactly
     return stored == wanted if exactly else all(stored.get(key) == value for key, value in wanted.items())
 
 
-async def known_items(client: Client, collection: str) -> dict[str, dict[str, Any]]:
-    """Metadata by id of what the collection holds; makes the collection if there is none."""
+async def known_items(
+    client: Client, collection: str, dimensions: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Metadata by id of what the collection holds; makes the collection if there is none.
+
+    Raises Conflict if it keeps another number of `dimensions` than asked for.
+    """
     try:
+        if dimensions is not None:
+            await client.create_collection(collection, dimensions=dimensions)
         return {item["id"]: item["metadata"] async for item in client.all_items(collection)}
     except NotFound:
         await client.create_collection(collection)

@@ -32,7 +32,7 @@ def check_dimensions(described: Description, dimensions: int | None) -> int:
     return dimensions
 
 
-def shorten(vector: NDArray[np.float32], size: int, param: str) -> NDArray[np.float32]:
+def shorten(vector: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     """The first `size` numbers at unit length again. Raises InvalidField where they are all zero."""
     if size == len(vector):
         return vector
@@ -40,8 +40,8 @@ def shorten(vector: NDArray[np.float32], size: int, param: str) -> NDArray[np.fl
     norm = float(np.linalg.norm(prefix))
     if norm < 1e-6:
         raise InvalidField(
-            f"The first {size} numbers of the vector of '{param}' are all zero, so they have no direction. "
-            "Ask for more 'dimensions'.",
-            param="dimensions",
+            f"The first {size} numbers of this input's vector are all zero, so they have no direction. Use "
+            "more 'dimensions'.",
+            code="no_direction",
         )
     return (prefix / norm).astype(np.float32)

@@ -14,7 +14,7 @@ from embedserve.intake import check_one_of, check_vector
 from embedserve.items import Hit, Part, hit_of
 from embedserve.ranking import best_per_group, field_value, group_key, mmr
 from embedserve.shelf import unknown_item
-from embedserve.towers import Towers
+from embedserve.short_towers import Embeds
 from indexes.base import Hits, VectorStore
 
 __all__ = ["each_or_all", "embed", "find", "ranked"]
@@ -30,7 +30,7 @@ GROWTH = 4
 """How many times more candidates are looked at when those so far held too few groups."""
 
 
-async def embed(parts: Sequence[Part], towers: Towers, lookup: Lookup) -> list[Vector | EmbedServeError]:
+async def embed(parts: Sequence[Part], towers: Embeds, lookup: Lookup) -> list[Vector | EmbedServeError]:
     """The unit vector of each part, float32 (dim,), or what is wrong with it; `param` is its field.
 
     Raises Busy when a tower's queue is full.
@@ -44,7 +44,7 @@ async def embed(parts: Sequence[Part], towers: Towers, lookup: Lookup) -> list[V
             if kind == "text" and not (part.text or "").strip():
                 raise InvalidField("The text is empty; give at least one word.", param="text")
             if kind == "vector":
-                answers[position] = check_vector(part.vector, towers.encoder.dim)
+                answers[position] = check_vector(part.vector, towers.dim)
             else:
                 where[kind].append(position)
         except InvalidField as error:

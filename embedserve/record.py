@@ -34,6 +34,7 @@ class Record(BaseModel):
     description: str = ""
     metadata: Mapping[str, Any] = {}
     dim: PositiveInt
+    """Numbers kept of each vector; fewer than the encoder gives where the collection was made so."""
     encoder: str
     """The bundle's name, for people."""
     fingerprint: str

@@ -95,6 +95,7 @@ class Towers:
 
     Attributes:
         encoder: The encoder.
+        dim: Length of its vectors.
         queues: The batchers by tower, `image` and `text`, and `look` for images whose patches or attention
             are wanted; for metrics.
         proof: What `start` found.
@@ -102,6 +103,7 @@ class Towers:
 
     def __init__(self, encoder: Encoder, config: ServeConfig) -> None:
         self.encoder = encoder
+        self.dim = encoder.dim
         self.proof: Proof | None = None
         self._limits = config.limits
         workers = config.workers or max(1, available_cores() // encoder.threads)

@@ -31,6 +31,11 @@ class CollectionBody(RequestModel):
 
     description: str | None = Field(None, max_length=10_000)
     metadata: dict[str, Any] | None = Field(None, description="Anything you want to remember about it.")
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        description="Keep so many leading numbers of each vector, renormalised; for a new collection.",
+    )
 
 
 class CollectionDescription(BaseModel):
@@ -92,7 +97,7 @@ async def put_collection(request: Request, name: CollectionName) -> Response:
     if await request.body():
         asked = await read_json(request, CollectionBody)
     info, new = await services(request).library.create(
-        name, description=asked.description, metadata=asked.metadata
+        name, description=asked.description, metadata=asked.metadata, dimensions=asked.dimensions
     )
     return json_response(_render(info), 201 if new else 200)
 

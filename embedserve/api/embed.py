@@ -160,7 +160,7 @@ def _render(
         return error_result(index, result)
     vector = result.vector if isinstance(result, Look) else result
     try:
-        kept = shorten(vector, size, f"inputs[{index}]")
+        kept = shorten(vector, size)
     except InvalidField as error:
         return error_result(index, error)
     rendered: dict[str, Any] = {"index": index, "embedding": render_vector(kept, encoding_format)}

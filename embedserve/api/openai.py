@@ -137,12 +137,19 @@ async def create_embeddings(request: Request) -> Response:
         {
             "object": "embedding",
             "index": index,
-            "embedding": render_vector(shorten(vector, size, f"input[{index}]"), asked.encoding_format),
+            "embedding": render_vector(_shortened(vector, size, f"input[{index}]"), asked.encoding_format),
         }
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return json_response({"object": "list", "data": data, "model": parts.towers.encoder.name, "usage": usage})
+
+
+def _shortened(vector: NDArray[np.float32], size: int, param: str) -> NDArray[np.float32]:
+    try:
+        return shorten(vector, size)
+    except InvalidField as error:
+        raise InvalidField(f"'{param}': {error}", param="dimensions", code=error.code) from None
 
 
 async def _embed(parts: Services, sources: Sequence[Source]) -> tuple[list[NDArray[np.float32]], int]:

@@ -81,6 +81,9 @@ class Where:
     encoder: str = SERVE_DEFAULTS.encoder
     """'starter' or the folder of an encoder bundle, when there is no --url."""
 
+    device: str = SERVE_DEFAULTS.device
+    """auto, cpu, cuda, cuda:1, tensorrt or tensorrt:1, when there is no --url."""
+
     json: Switch = False
     """Print JSON only, for scripts; progress and messages go to stderr."""
 
@@ -93,7 +96,8 @@ class Where:
         if self.url is not None:
             client = Client(self.url, api_key=self.api_key)
         else:
-            client = Client.local(ServeConfig(data=self.data, encoder=self.encoder, limits=limits))
+            here = ServeConfig(data=self.data, encoder=self.encoder, device=self.device, limits=limits)
+            client = Client.local(here)
 
         async def connected() -> T:
             async with client:

@@ -37,6 +37,7 @@ def index(
     collection: str,
     metadata: Path | None = None,
     caption: str | None = None,
+    dimensions: int | None = None,
     prune: Switch = False,
     max_image_bytes: int = SERVE_DEFAULTS.limits.max_image_bytes,
     where: Where = HERE,
@@ -48,6 +49,7 @@ def index(
         collection: Name of the collection; made when missing.
         metadata: CSV or JSONL file with a column 'path' (below FOLDER); the others become metadata.
         caption: Column of that file whose text is embedded with the picture, so that words find it too.
+        dimensions: Keep so many leading numbers of each vector in a new collection (Matryoshka encoders).
         prune: Delete the collection's items that came from a file which FOLDER no longer holds.
         max_image_bytes: Larger files are listed, not sent.
     """
@@ -62,6 +64,7 @@ def index(
                 collection,
                 metadata=metadata,
                 caption=caption,
+                dimensions=dimensions,
                 prune=prune,
                 max_image_bytes=max_image_bytes,
                 progress=progress,
