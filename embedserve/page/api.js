@@ -94,8 +94,8 @@ async function fetchInto(img, url) {
   img.src = URL.createObjectURL(blob);
 }
 
-export async function fetchBlob(url) {
-  const response = await send("GET", url, { used: key() });
+export async function fetchBlob(url, form) {
+  const response = await send(form ? "POST" : "GET", url, { form, used: key() });
   if (!response.ok) throw await readError(response);
   return response.blob();
 }

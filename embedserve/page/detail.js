@@ -3,12 +3,16 @@
 import { fetchBlob } from "./api.js";
 import { nameOf, picture, scoreText } from "./cards.js";
 import { $, copyButton, el, icon } from "./dom.js";
+import { preview } from "./images.js";
 
 let shown = []; // the results that ← and → step through
 let at = 0;
 let actions = {};
 
-/** @param {{onlike: Function, onclassify: Function}} given what the dialog's buttons do */
+/**
+ * @param {{onlike: Function, onclassify: Function, heat: Function}} given what the dialog's buttons do; `heat()` is what
+ *   a heat map is asked for, {} or {text}, or null where the encoder has none
+ */
 export function setUpDetail(given) {
   actions = given;
   $("detail").addEventListener("keydown", (event) => {
@@ -45,9 +49,13 @@ function render() {
   if (item.thumbnail) {
     buttons.append(el("button", { type: "button", onclick: () => classify(item, close) }, icon("bars"), "Classify"));
   }
+  const frame = el("div", { className: "frame" }, picture(item));
+  const heat = item.thumbnail && actions.heat();
+  const said = el("p", { className: "hint", role: "status" });
+  if (heat) buttons.append(heatButton(item, heat, frame, said));
   const focused = document.activeElement?.dataset?.step;
   $("detail-body").replaceChildren(
-    el("div", { className: "stage" }, back, el("div", { className: "frame" }, picture(item)), forward), buttons, facts);
+    el("div", { className: "stage" }, back, frame, forward), buttons, said, facts);
   if (focused) (focused === "-1" ? back : forward).focus();
 }
 
@@ -65,6 +73,32 @@ function row(name, value, copy = false) {
   const description = el("dd", {}, el("span", {}, text));
   if (copy) description.append(copyButton(() => text));
   return [el("dt", {}, name), description];
+}
+
+/** Shows in the frame which parts of the picture its vector comes from or, with a text, are like the text. */
+function heatButton(item, asked, frame, said) {
+  const button = el("button", { type: "button", ariaPressed: "false" }, icon("heat"), "Heat map");
+  button.addEventListener("click", async () => {
+    if (button.ariaPressed === "true") {
+      button.ariaPressed = "false";
+      said.textContent = "";
+      return frame.replaceChildren(picture(item));
+    }
+    try {
+      const form = new FormData();
+      form.append("file", await fetchBlob(item.thumbnail), "picture");
+      for (const [name, value] of Object.entries({ ...asked, format: "png" })) form.append(name, value);
+      const img = el("img", { alt: `Heat map of ${nameOf(item)}` });
+      preview(img, await fetchBlob("/v1/heatmap", form));
+      button.ariaPressed = "true";
+      said.textContent = asked.text ? `Bright: like “${asked.text}”` : "Bright: what the vector is made from";
+      frame.replaceChildren(img);
+    } catch (error) {
+      if (!("status" in error)) throw error;
+      said.textContent = error.message;
+    }
+  });
+  return button;
 }
 
 async function classify(item, close) {

@@ -179,6 +179,10 @@ function setUp() {
   setUpDetail({
     onlike: (item) => page.navigate({ like: item.id, text: "", file: null, image: "" }),
     onclassify: (file) => page.navigate({ view: "classify", file, image: "" }),
+    heat: () => {
+      const { attention, text_space: comparable } = encoder?.outputs ?? {};
+      return comparable && state.text ? { text: state.text } : attention ? {} : null;
+    },
   });
   setUpDrops();
   setUpKeys();

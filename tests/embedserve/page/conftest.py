@@ -24,6 +24,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from embedserve.bundle import open_bundle, seal
+from tests.tiny_bundle import OUTPUTS, write_tiny_bundle
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -54,7 +55,8 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 @dataclass
 class Servers:
-    """The servers by name: open, locked (keys), bare (no collection), wordless (no text tower), mortal."""
+    """The servers by name: open, locked (keys), bare (no collection), wordless (no text tower), seeing (heat
+    maps), mortal."""
 
     process: subprocess.Popen[str]
     urls: dict[str, str] = field(default_factory=dict)
@@ -81,17 +83,19 @@ class Servers:
 def servers(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     root = tmp_path_factory.mktemp("servers")
     wordless = _without_text(tiny_folder, root / "wordless-bundle")
-    for name in ("open", "locked", "bare", "wordless", "mortal"):
+    seeing = write_tiny_bundle(root / "seeing-bundle", name="seeing", outputs=OUTPUTS).folder
+    names = ("open", "locked", "bare", "wordless", "seeing", "mortal")
+    for name in names:
         (root / name).mkdir()
         settings = {
-            "encoder": str(wordless if name == "wordless" else tiny_folder),
+            "encoder": str({"wordless": wordless, "seeing": seeing}.get(name, tiny_folder)),
             "api_key": [WRITE_KEY, f"{READ_KEY}:read"] if name == "locked" else [],
         }
         (root / name / "serve.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "tests.embedserve.page.servers", str(root)]
     with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) as process:
         running = Servers(process)
-        for name in ("open", "locked", "bare", "wordless", "mortal"):
+        for name in names:
             running.start(name)
             if name != "bare":
                 _fill(running[name])

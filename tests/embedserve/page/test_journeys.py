@@ -191,6 +191,41 @@ def test_options_filter_and_reject_what_is_no_json(visit: Visit) -> None:
     visit.excuse("status of 422")
 
 
+def test_a_heat_map_covers_the_picture_and_goes_away_again(visit: Visit) -> None:
+    page = visit.open("seeing", "/#/search?in=colours&text=green")
+    results(page, "green")
+    page.locator(".card").first.hover()
+    page.get_by_role("button", name="Details of green", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    button = dialog.get_by_role("button", name="Heat map")
+    button.click()
+    expect(dialog.get_by_text("Bright: like “green”")).to_be_visible()
+    shown = dialog.get_by_role("img", name="Heat map of green")
+    assert shown.evaluate("async (img) => (await img.decode(), [img.naturalWidth, img.naturalHeight])") == [
+        8,
+        8,
+    ]
+    button.click()
+    expect(shown).to_have_count(0)
+    expect(dialog.locator(".frame img")).to_have_count(1)
+
+
+def test_without_words_the_heat_map_is_the_attention(visit: Visit) -> None:
+    page = visit.open("seeing", "/#/search?in=colours")
+    page.locator(".card").first.hover()
+    page.locator(".card .info").first.click()
+    page.get_by_role("button", name="Heat map").click()
+    expect(page.get_by_text("Bright: what the vector is made from")).to_be_visible()
+
+
+def test_an_encoder_without_heat_maps_has_no_button_for_them(visit: Visit) -> None:
+    page = visit.open("open", "/#/search?in=colours")
+    page.locator(".card").first.hover()
+    page.locator(".card .info").first.click()
+    expect(page.get_by_role("button", name="More like this")).to_be_visible()
+    expect(page.get_by_role("button", name="Heat map")).to_have_count(0)
+
+
 def test_details_show_all_metadata_and_lead_on(visit: Visit) -> None:
     page = visit.open("open", "/#/search?in=colours&text=red")
     page.locator(".card").first.hover()

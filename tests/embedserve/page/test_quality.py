@@ -120,6 +120,12 @@ def test_axe_finds_no_barrier(visitor: Any, scheme: str) -> None:
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Add images").click()
     check("add")
+    page = visit.open("seeing", PLACES[1])
+    settle(page)
+    page.locator(".info").first.click()
+    page.get_by_role("button", name="Heat map").click()
+    page.get_by_text("Bright: ").wait_for()
+    check("heat map")
 
 
 def brightness(page: Page) -> float:
