@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from embedserve.binding import BoundSession
 from embedserve.device import CPU, FATAL, Device, is_out_of_memory, providers
 from embedserve.errors import BundleError, NotReady
+from embedserve.onnx_file import Declared, declared_outputs, without_outputs
 
 __all__ = ["EMBEDDING", "Graph", "Vectors", "available_cores", "session_options"]
 
@@ -72,22 +74,14 @@ class Graph:
         self.path = path
         self.device = device
         self.halved = 0
-        try:
-            session = ort.InferenceSession(
-                str(path),
-                session_options(threads),
-                providers=providers(device, half=half, engines=engines),
-                enable_fallback=0,  # it would print, and go on without the GPU
-            )
-        except Exception as error:  # noqa: BLE001 -- ONNX Runtime's errors share no base class
-            if device.is_gpu and is_out_of_memory(error):
-                raise BundleError(
-                    f"'{path}' does not fit into the memory of {device} ({error}). Free some, export the "
-                    "bundle in float16, or use --device cpu."
-                ) from None
-            raise BundleError(
-                f"'{path}' cannot be loaded by ONNX Runtime ({error}). Export the bundle again."
-            ) from None
+        self._options = session_options(threads)
+        self._options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
+        self._providers = providers(device, half=half, engines=engines)
+        self._all: ort.InferenceSession | None = None
+        self._opening = threading.Lock()
+        session = self._open(self._without(outputs) if outputs else str(path))
         self.provider = str(session.get_providers()[0])
         if self.provider != device.provider:
             raise BundleError(f"'{path}' got {self.provider} where {device.provider} was asked for.")
@@ -99,8 +93,6 @@ class Graph:
             )
         self._check("input", inputs[0], element, form)
         self._check("output", found[0], FLOAT, {"batch": None, "dim": dim})
-        for name, dimensions in (outputs or {}).items():
-            self._check("output", self._named(name, found[1:]), FLOAT, dimensions)
         self._session = session
         self._input = inputs[0].name
         self._first = found[0].name
@@ -118,7 +110,9 @@ class Graph:
         return self.run_for((EMBEDDING,), batch)[EMBEDDING]
 
     def run_for(self, names: Sequence[str], batch: NDArray[np.generic]) -> dict[str, Vectors]:
-        """The outputs of these names, float32 [batch, …]. What only the others need is not computed.
+        """The outputs of these names, float32 [batch, …]; `EMBEDDING` is the first one.
+
+        For EMBEDDING alone nothing else is computed.
 
         Raises: as `run`.
         """
@@ -148,23 +142,59 @@ class Graph:
         return _joined([self._run(names, batch[:half]), self._run(names, batch[half:])])
 
     def _run_once(self, names: Sequence[str], batch: NDArray[np.generic]) -> list[Vectors]:
-        if self._bound is not None and tuple(names) == (EMBEDDING,):
+        alone = tuple(names) == (EMBEDDING,)
+        if self._bound is not None and alone:
             return [self._bound.run(batch)]
+        session = self._session if alone else self._with_outputs()
         real = [self._first if name == EMBEDDING else name for name in names]
-        found: list[Vectors] = self._session.run(real, {self._input: batch})
+        found: list[Vectors] = session.run(real, {self._input: batch})
         return found
 
-    def _named(self, name: str, found: Sequence[ort.NodeArg]) -> ort.NodeArg:
-        for one in found:
-            if one.name == name:
-                return one
-        there = ", ".join(f"'{one.name}'" for one in found) or "none"
-        raise BundleError(
-            f"'{self.path}' has no output '{name}' behind the embedding, though encoder.json promises it "
-            f"(there: {there}). Export the bundle again."
-        )
+    def _open(self, model: str | bytes) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(
+                model,
+                self._options,
+                providers=self._providers,
+                enable_fallback=0,  # it would print, and go on without the GPU
+            )
+        except Exception as error:  # noqa: BLE001 -- ONNX Runtime's errors share no base class
+            if self.device.is_gpu and is_out_of_memory(error):
+                raise BundleError(
+                    f"'{self.path}' does not fit into the memory of {self.device} ({error}). Free some, "
+                    "export the bundle in float16, or use --device cpu."
+                ) from None
+            raise BundleError(
+                f"'{self.path}' cannot be loaded by ONNX Runtime ({error}). Export the bundle again."
+            ) from None
 
-    def _check(self, what: str, found: ort.NodeArg, element: str, form: Mapping[str, int | None]) -> None:
+    def _without(self, outputs: Mapping[str, Mapping[str, int | None]]) -> bytes:
+        """The file without these outputs, which it must have."""
+        data = self.path.read_bytes()
+        try:
+            declared = {one.name: one for one in declared_outputs(data)[1:]}
+            for name, form in outputs.items():
+                if name not in declared:
+                    there = ", ".join(f"'{one}'" for one in declared) or "none"
+                    raise BundleError(
+                        f"'{self.path}' has no output '{name}' behind the embedding, though encoder.json "
+                        f"promises it (there: {there}). Export the bundle again."
+                    )
+                self._check("output", declared[name], FLOAT, form)
+            return without_outputs(data, outputs)
+        except ValueError as error:
+            raise BundleError(f"'{self.path}' is no ONNX file: {error}. Export the bundle again.") from None
+
+    def _with_outputs(self) -> ort.InferenceSession:
+        """A session with all outputs, opened when the first one asks for it; it holds the weights again."""
+        with self._opening:
+            if self._all is None:
+                self._all = self._open(str(self.path))
+            return self._all
+
+    def _check(
+        self, what: str, found: ort.NodeArg | Declared, element: str, form: Mapping[str, int | None]
+    ) -> None:
         # In the graph a fixed dimension is a number, a free one a name or None.
         fits = len(found.shape) == len(form) and all(
             not isinstance(size, int) or size == wanted or (name == "batch" and size == 1)

@@ -26,6 +26,17 @@ def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
     return file.getvalue()
 
 
+def quarters(*colours: tuple[int, int, int], size: int = 8) -> bytes:
+    """A PNG of four quarters: top left, top right, bottom left, bottom right."""
+    picture = Image.new("RGB", (size, size))
+    half = size // 2
+    for place, colour in zip(((0, 0), (half, 0), (0, half), (half, half)), colours, strict=True):
+        picture.paste(colour, (*place, place[0] + half, place[1] + half))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
 def axis(word: str, other: str | None = None, angle: float = 0.0) -> np.ndarray:
     """A unit vector along a word's axis, turned by `angle` (radians) towards the other's."""
     vector = np.zeros(DIM, np.float32)

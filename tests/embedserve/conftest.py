@@ -12,12 +12,20 @@ from embedserve.config import ServeConfig
 from embedserve.encoder import Encoder
 from embedserve.towers import Towers
 from tests.embedserve.colours import BLUE, GREEN, RED, axis, library_at, png
+from tests.tiny_bundle import OUTPUTS, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
     """Of coroutine tests (`pytest.mark.anyio`)."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with patches and attention, and with prefixes of 4 and 6 numbers."""
+    out = tmp_path_factory.mktemp("bundles") / "seeing"
+    return write_tiny_bundle(out, name="seeing", outputs=OUTPUTS, dims=(4, 6)).folder
 
 
 @pytest.fixture(scope="module")
