@@ -239,7 +239,7 @@ async def test_where_one_queue_is_full_nothing_is_written_and_the_other_one_stop
         await things.upsert([NewItem(image=png(RED), text="red"), NewItem(image=png(BLUE))])
     assert await things.count() == 0
     assert towers.queues["image"].items == before
-    assert [queue.waiting for queue in towers.queues.values()] == [0, 0]
+    assert [queue.waiting for queue in towers.queues.values()] == [0, 0, 0]
     await things.upsert([NewItem(image=png(RED), text="red")])
 
 
