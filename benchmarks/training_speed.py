@@ -19,7 +19,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,22 @@ def main() -> None:
     device = torch.device(arguments.device)
     pixels = _pictures(arguments.images, arguments.size)
     version = require_lightly() if arguments.peer else ""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.methods.split(","):
         settings = _settings(name, arguments, device)
-        row = {
-            "method": name,
-            "loop": _whole_loop(name, pixels, arguments),
-            "limit": _limit(settings, device, arguments.steps),
+        measurements: dict[str, Callable[[], float]] = {
+            "loop": partial(_whole_loop, name, pixels, arguments),
+            "limit": partial(_limit, settings, device, arguments.steps),
         }
         if arguments.compile:
-            row["compiled"] = _whole_loop(name, pixels, arguments, compile="true")
+            measurements["compiled"] = partial(_whole_loop, name, pixels, arguments, compile="true")
         if arguments.peer:
-            row["lightly"] = _peer(settings, pixels, device, arguments)
+            measurements["lightly"] = partial(_peer, settings, pixels, device, arguments)
+        row: dict[str, Any] = {"method": name}
         rows.append(row)
-        print(row, flush=True)
+        for what, measure in measurements.items():
+            row[what] = measure()
+            print(f"{name} {what}: {row[what]:,.0f} images/s", flush=True)
     print(f"\n{machine()}, torch {torch.__version__}, lightly {version}; {_device_name(device)}")
     print(
         f"{arguments.backbone}, {arguments.size} px, batch {arguments.batch}, {arguments.workers} workers\n"

@@ -105,7 +105,7 @@ def augment(pixels: Tensor, work: Plan) -> Tensor:
     """
     _check(pixels, work.count)
     views = torch.empty(len(pixels), 3, work.size, work.size, device=pixels.device)
-    with full_precision(pixels.device):
+    with _full_precision(pixels.device):
         for part in work.parts:
             _augment(pixels[part.rows], work.size, part, views[part.rows])
     return views
@@ -165,7 +165,7 @@ def centre(
     packed = _packed(like, pixels.device)
     box, flip, normal = _unpacked(packed.to(pixels.device, non_blocking=True), like)
     views = torch.empty(len(pixels), 3, size, size, device=pixels.device)
-    with full_precision(pixels.device):
+    with _full_precision(pixels.device):
         for rows in _chunks(len(pixels), max(size, pixels.shape[1]), pixels.device):
             images = crop_resize(planes(pixels[rows]), box[rows], size, flip[rows], inside_only=False)
             _normalize(images, normal, views[rows])
@@ -190,7 +190,7 @@ def show(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would make the filters' products half precision: colours in steps of 1/256 and coarser."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

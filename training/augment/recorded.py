@@ -16,7 +16,7 @@ from torch import Tensor
 from training.augment.colour import jitter_all, luma, solarize
 from training.augment.drawing import COLUMNS, Parameters, shaped
 from training.augment.geometry import blur, crop_resize
-from training.augment.pipeline import IMAGENET_MEAN, IMAGENET_STD, full_precision, planes
+from training.augment.pipeline import IMAGENET_MEAN, IMAGENET_STD, planes
 from training.views import View
 
 __all__ = ["RecordedViews", "augment_all"]
@@ -112,7 +112,7 @@ def augment_all(pixels: Tensor, view: View, parameters: Parameters, normal: Tens
     Returns:
         float32 [B, 3, size, size].
     """
-    with full_precision(pixels.device):
+    with torch.autocast(pixels.device.type, enabled=False):
         images = crop_resize(planes(pixels), parameters.box, view.size, parameters.flip)
         if view.jitter_probability > 0 and any(view.jitter):
             images = jitter_all(images, parameters)
