@@ -8,7 +8,7 @@ from embedserve.errors import InvalidField, closest
 from training import torchvision_ops
 from training.backbones import starting
 from training.backbones.base import Backbone
-from training.backbones.convolutional import RESNETS, Convolutional, ResNet, stem_for
+from training.backbones.convolutional import RESNETS, Convolutional, ResNet, is_resnet, stem_for
 from training.backbones.loading import load
 from training.backbones.vision_transformer import (
     VisionTransformer,
@@ -35,10 +35,13 @@ SUGGESTED = (
 SHORT = {
     "vit_tiny": "vit_tiny_patch16_224",
     "vit_small": "vit_small_patch16_224",
+    "vit_small_12heads": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
     "vit_large": "vit_large_patch16_224",
 }
 """Short names → timm's architectures, whose patch size is exchanged for the one behind the slash."""
+HEADS = {"vit_small_12heads": 12}
+"""Attention heads where there are not as many as in timm's: MoCo v3's small transformer has twice as many."""
 TRANSFORMERS = ("vision_transformer", "deit")
 """timm's modules whose networks are its `VisionTransformer`."""
 
@@ -56,14 +59,16 @@ def build(
     """An encoder for square images of `size` pixels a side: float32, on the CPU, in training mode.
 
     Args:
-        name: A ResNet of torchvision's (`resnet18`), a vision transformer with its patch size
+        name: A ResNet of torchvision's (`resnet18`) or of another width (`resnet50x2`; more are in
+            `training.backbones.widened`), a vision transformer with its patch size
             (`vit_small/16`; any of timm's as `NAME/patch`), or any other name of timm's, also as `timm:NAME`.
             "" takes the network that `start` says it is for.
         size: Pixels of a side. It decides a ResNet's stem (`stem_for`) and a transformer's positions; images
             of other sizes can be passed nevertheless.
         start: "" for random weights from torch's global generator; "imagenet" for the library's published
-            weights; "starter" for the image tower of the starter bundle; else a run's folder, a checkpoint,
-            or a file of weights under torchvision's or timm's names. What was decided on the way (a stem
+            weights; "starter" for the image tower of the starter bundle; "published:NAME" for a checkpoint of
+            `training.published`; else a run's folder, a checkpoint, or a file of weights under torchvision's
+            or timm's names. What was decided on the way (a stem
             kept, positions resampled, a head left out) is in the encoder's `notes`.
         mask_token: Gives a vision transformer a learned token that replaces masked patches; it starts at 0.
         freeze_patch_embedding: The patch projection is never trained (MoCo v3, section 4.2). Without `start`,
@@ -84,7 +89,7 @@ def build(
     if weights is not None:
         name = weights.network_for(name)
     backbone: Backbone
-    if name in RESNETS:
+    if is_resnet(name):
         _refuse_transformer_options(name, mask_token, freeze_patch_embedding, sincos_positions)
         _refuse_drop_path(name, drop_path)
         backbone = ResNet(name, stem_for(size))
@@ -136,7 +141,7 @@ def kind_of(name: str, start: str = "") -> Literal["conv", "vit"]:
     """What `build(name, …, start=start)` gives. Raises as `build` does for an unknown name or start."""
     if start and start != starting.IMAGENET:
         name = starting.read(start).network_for(name)
-    return "conv" if name in RESNETS or not _is_transformer(_find_in_timm(name)[0]) else "vit"
+    return "conv" if is_resnet(name) or not _is_transformer(_find_in_timm(name)[0]) else "vit"
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
@@ -182,7 +187,10 @@ def _find_in_timm(name: str) -> tuple[str, dict[str, Any]]:
             "'vit_small/16'.",
             param="backbone",
         )
-    return library_name, {"patch_size": int(patch)}
+    options = {"patch_size": int(patch)}
+    if architecture in HEADS:
+        options["num_heads"] = HEADS[architecture]
+    return library_name, options
 
 
 def _is_transformer(library_name: str) -> bool:

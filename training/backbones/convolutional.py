@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from embedserve.errors import InvalidField
 from training import torchvision_ops
+from training.backbones import widened
 from training.backbones.base import Backbone
 
-__all__ = ["RESNETS", "Convolutional", "ResNet", "Stem", "stem_for", "stem_of"]
+__all__ = ["RESNETS", "Convolutional", "ResNet", "Stem", "is_resnet", "stem_for", "stem_of"]
 
 Stem = Literal["small", "medium", "large"]
 
@@ -35,6 +36,11 @@ SMALL, MEDIUM = 40, 112
 64 to 96 pixels only once: a ResNet shrinks by 8 after its stem, and its own stem by 4."""
 
 
+def is_resnet(name: str) -> bool:
+    """Whether `ResNet` builds it: torchvision's, and those of `training.backbones.widened`."""
+    return name in RESNETS or widened.parse(name) is not None
+
+
 def stem_for(size: int) -> Stem:
     """The stem for square images of `size` pixels a side.
 
@@ -55,20 +61,14 @@ def stem_of(weight: Tensor, wanted: Stem) -> Stem:
 
 
 class ResNet(Backbone):
-    """A ResNet of torchvision's (He et al. 2016), pooled by the mean over the last map."""
+    """A ResNet (He et al. 2016), torchvision's or one of `training.backbones.widened`, pooled by the mean
+    over the last map."""
 
     kind = "conv"
 
     def __init__(self, name: str, stem: Stem) -> None:
-        torchvision_ops.register()
-        from torchvision import models
-
-        # The last batch norm of each residual branch starts at zero, so every block starts as the identity
-        # (Goyal et al. 2017, section 5.1). SimCLR, BYOL, SimSiam and Barlow Twins were trained so; large
-        # batches and LARS need it. torchvision leaves it out unless asked.
-        network = models.get_model(name, weights=None, zero_init_residual=True)
-        dim = network.fc.in_features
-        network.fc = nn.Identity()
+        self._shape = widened.parse(name)
+        network, dim = _of_torchvision(name) if self._shape is None else _widened(self._shape)
         super().__init__(name, network, dim, dim)
         self.stem: Stem = "large"
         self.set_stem(stem)
@@ -80,12 +80,13 @@ class ResNet(Backbone):
         """
         if stem == self.stem:
             return
-        kernel, stride = {"small": (3, 1), "medium": (3, 2), "large": (7, 2)}[stem]
-        width = self.network.conv1.out_channels
-        conv = nn.Conv2d(3, width, kernel, stride=stride, padding=kernel // 2, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        self.network.conv1 = conv
-        self.network.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "large" else nn.Identity()
+        net, width = self.network, self.network.bn1.num_features
+        if stem == "large":
+            net.conv1, net.maxpool = widened.large_stem(self._shape or widened.Shape(width=width // 64))
+        else:
+            net.conv1 = nn.Conv2d(3, width, 3, stride=1 if stem == "small" else 2, padding=1, bias=False)
+            net.maxpool = nn.Identity()
+        widened.start_convolutions(net.conv1)
         self.stem = stem
 
     def features(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -147,6 +148,23 @@ class Convolutional(Backbone):
             ) from None
         self.network.train()
         return patches, pooled
+
+
+def _of_torchvision(name: str) -> tuple[nn.Module, int]:
+    torchvision_ops.register()
+    from torchvision import models
+
+    # The last batch norm of each residual branch starts at zero, so every block starts as the identity
+    # (Goyal et al. 2017, section 5.1). SimCLR, BYOL, SimSiam and Barlow Twins were trained so; large
+    # batches and LARS need it. torchvision leaves it out unless asked.
+    network: nn.Module = models.get_model(name, weights=None, zero_init_residual=True)
+    dim: int = network.fc.in_features
+    network.fc = nn.Identity()
+    return network, dim
+
+
+def _widened(shape: widened.Shape) -> tuple[nn.Module, int]:
+    return widened.Widened(shape), shape.dim
 
 
 def _refuse_masks(name: str, masks: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embedserve.errors import InvalidField
@@ -61,7 +62,7 @@ def load(backbone: Backbone, weights: Weights) -> None:
     heads = sorted(name for name in found if name not in expected and name.split(".")[0] in HEADS)
     for name in heads:
         del found[name]
-    if isinstance(backbone, ResNet) and "conv1.weight" in found:
+    if isinstance(backbone, ResNet) and (weights.stem or "conv1.weight" in found):
         stem = weights.stem or stem_of(found["conv1.weight"], backbone.stem)
         if stem != backbone.stem:
             notes.append(
@@ -71,7 +72,7 @@ def load(backbone: Backbone, weights: Weights) -> None:
             backbone.set_stem(stem)
             expected = dict(backbone.network.state_dict())
     if isinstance(backbone, VisionTransformer):
-        notes += _fit_positions(backbone, found)
+        notes += _fit_positions(backbone, found, as_dino=weights.positions == "dino")
         notes += _load_mask_token(backbone, token)
     # Files from before torch 0.4.1 do not count batches; the count plays no part in the result.
     uncounted = [name for name in expected if name.endswith("num_batches_tracked") and name not in found]
@@ -80,7 +81,7 @@ def load(backbone: Backbone, weights: Weights) -> None:
     backbone.network.load_state_dict(found)
     if heads:
         notes.append(f"The class head was left out ({', '.join(heads)}).")
-    backbone.notes += tuple(notes)
+    backbone.notes += (*notes, *weights.notes)
 
 
 def _prefix(weights: Weights, expected: list[str]) -> str:
@@ -136,8 +137,8 @@ def _check(name: str, origin: str, expected: Mapping[str, Tensor], found: Mappin
         )
 
 
-def _fit_positions(backbone: VisionTransformer, found: dict[str, Tensor]) -> Iterator[str]:
-    """Resamples positions of another grid to the encoder's, as timm does for its own weights."""
+def _fit_positions(backbone: VisionTransformer, found: dict[str, Tensor], *, as_dino: bool) -> Iterator[str]:
+    """Resamples positions of another grid to the encoder's, as timm or as DINO's authors do."""
     net = backbone.network
     theirs, ours = found.get("pos_embed"), net.pos_embed
     if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[-1] != ours.shape[-1]:
@@ -146,13 +147,25 @@ def _fit_positions(backbone: VisionTransformer, found: dict[str, Tensor]) -> Ite
     side = math.isqrt(theirs.shape[1] - prefix)
     if side * side != theirs.shape[1] - prefix:
         return  # no square grid: reported as a tensor of another shape
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
     height, width = net.patch_embed.grid_size
-    found["pos_embed"] = resample_abs_pos_embed(
-        theirs, new_size=[height, width], old_size=[side, side], num_prefix_tokens=prefix
-    )
+    if as_dino:
+        found["pos_embed"] = _resampled_as_dino(theirs, side, (height, width), prefix)
+    else:
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        found["pos_embed"] = resample_abs_pos_embed(
+            theirs, new_size=[height, width], old_size=[side, side], num_prefix_tokens=prefix
+        )
     yield f"Its positions were resampled from {side}×{side} patches to {height}×{width}."
+
+
+def _resampled_as_dino(positions: Tensor, side: int, grid: tuple[int, int], prefix: int) -> Tensor:
+    """[1, prefix + side², dim] → [1, prefix + grid, dim]. Their scale is that of a grid larger by .1 patches,
+    once added against rounding errors; the tenth itself is cut off."""
+    old = positions[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+    new = F.interpolate(old, scale_factor=scale, mode="bicubic")
+    return torch.cat([positions[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _take_mask_token(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from embedserve.errors import BadRequest, InvalidField, NotFound
 from training import torchvision_ops
 from training.backbones.convolutional import Stem
+from training.backbones.files import contents, flat
 
 __all__ = ["IMAGENET", "STARTER", "Weights", "create_pretrained", "read", "read_torchvision", "timm_tag"]
 
-IMAGENET, STARTER = "imagenet", "starter"
+IMAGENET, STARTER, PUBLISHED = "imagenet", "starter", "published:"
 STARTER_NETWORK = "tf_efficientnet_lite0"
 
 
@@ -36,6 +33,11 @@ class Weights:
     stem: Stem | None = None
     prefix: str | None = None
     """What comes before the network's own names, where that is known."""
+    positions: Literal["", "dino"] = ""
+    """How positions of another grid are resampled. "": as timm does, bicubic with a low-pass filter. "dino":
+    as DINO's and DINOv2's code does, without one and to a tenth of a patch more than the grid."""
+    notes: tuple[str, ...] = ()
+    """What else a person should read."""
 
     def network_for(self, name: str) -> str:
         """The network to build when `name`, or nothing, was asked for.
@@ -58,16 +60,21 @@ class Weights:
 
 
 def read(start: str) -> Weights:
-    """The weights that `start` means: "starter", a run's folder, a checkpoint or a file of weights.
+    """The weights that `start` means: "starter", a run's folder, a checkpoint, a file of weights, or
+    "published:NAME" for one of `training.published` ("published:NAME@FILE" for a local copy).
 
     Raises:
         NotFound: It is no path that exists.
-        InvalidField: A folder without weights, or a bundle other than the starter.
+        InvalidField: A folder without weights, a bundle other than the starter, or an unknown NAME.
         BadRequest: A file that does not hold tensors, or that holds other things as well.
         BundleError: The starter's weights are not installed.
     """
     if start == STARTER:
         return _starter()
+    if start.startswith(PUBLISHED):
+        from training.published import for_training
+
+        return for_training(start.removeprefix(PUBLISHED))
     path = Path(start).expanduser()
     if path.is_dir():
         if (path / "encoder.json").is_file():
@@ -75,8 +82,8 @@ def read(start: str) -> Weights:
         path = _checkpoint_of(path)
     elif not path.exists():
         raise NotFound(
-            f"Weights '{start}' not found; give 'imagenet', 'starter', the folder of a run, or a file of "
-            "weights.",
+            f"Weights '{start}' not found; give 'imagenet', 'starter', the folder of a run, a file of "
+            "weights, or 'published:' with a name of docs/published.md.",
             param="start",
         )
     return _file(path)
@@ -167,44 +174,17 @@ def _checkpoint_of(folder: Path) -> Path:
 
 
 def _file(path: Path) -> Weights:
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            # Published checkpoints, such as DINO's, hold their command line; a Namespace is plain values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds a Python object ({found[1]}), which could run code" if found else "holds no weights"
-        raise BadRequest(
-            f"'{path}' {what}; give a file with tensors alone, as torch.save(model.state_dict()) writes it.",
-            param="start",
-        ) from None
-    except Exception as error:  # noqa: BLE001 -- torch and safetensors raise what they like at a damaged file
-        raise BadRequest(
-            f"'{path}' cannot be read as weights ({error}); is it complete?", param="start"
-        ) from None
-    tensors = dict(_flat(content))
+    content = contents(path)
+    tensors = dict(flat(content))
     if not tensors:
         raise BadRequest(
             f"'{path}' holds no tensors; give a state dict saved with torch.save.", param="start"
         )
     origin = f"'{path}'"
     if not (isinstance(content, dict) and {"encoder_prefix", "model"} <= content.keys()):
-        return Weights(tensors, origin)
+        from training.published import from_foreign
+
+        return from_foreign(tensors, origin) or Weights(tensors, origin)
     described = content.get("backbone", {})
     prefix = f"model.{content['encoder_prefix']}network."
     return Weights(tensors, origin, described.get("name", ""), described.get("stem"), prefix)
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of nested dictionaries; other values are passed over."""
-    if isinstance(content, Tensor):
-        yield prefix.removesuffix("."), content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from _flat(value, f"{prefix}{key}.")
