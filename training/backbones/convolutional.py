@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -157,8 +157,8 @@ def _of_torchvision(name: str) -> tuple[nn.Module, int]:
     # The last batch norm of each residual branch starts at zero, so every block starts as the identity
     # (Goyal et al. 2017, section 5.1). SimCLR, BYOL, SimSiam and Barlow Twins were trained so; large
     # batches and LARS need it. torchvision leaves it out unless asked.
-    network: nn.Module = models.get_model(name, weights=None, zero_init_residual=True)
-    dim: int = network.fc.in_features
+    network: Any = models.get_model(name, weights=None, zero_init_residual=True)
+    dim = int(network.fc.in_features)
     network.fc = nn.Identity()
     return network, dim
 

@@ -162,7 +162,7 @@ def _fit_positions(backbone: VisionTransformer, found: dict[str, Tensor], *, as_
 def _resampled_as_dino(positions: Tensor, side: int, grid: tuple[int, int], prefix: int) -> Tensor:
     """[1, prefix + side², dim] → [1, prefix + grid, dim]. Their scale is that of a grid larger by .1 patches,
     once added against rounding errors; the tenth itself is cut off."""
-    old = positions[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    old = positions[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
     new = F.interpolate(old, scale_factor=scale, mode="bicubic")
     return torch.cat([positions[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)

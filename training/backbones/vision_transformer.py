@@ -54,7 +54,7 @@ class VisionTransformer(Backbone):
         query, key = attn.q_norm(query[:, :, :1]), attn.k_norm(key)
         scores = torch.matmul(query, key.transpose(2, 3))[:, :, 0].float() * attn.scale
         rows = torch.softmax(scores, dim=-1)[..., self.network.num_prefix_tokens :]
-        return rows.reshape(len(images), -1, height, width)
+        return rows.reshape(images.shape[0], -1, height, width)
 
     def _embed(self, images: Tensor, masks: Tensor | None) -> tuple[Tensor, int, int]:
         """Tokens [B, prefix + h·w, dim] with positions, as the first block takes them; h and w."""

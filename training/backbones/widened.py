@@ -87,8 +87,8 @@ class Widened(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps = stage(maps)
+        for number in (1, 2, 3, 4):
+            maps = self.get_submodule(f"layer{number}")(maps)
         return F.adaptive_avg_pool2d(maps, 1).flatten(1)
 
 
@@ -145,10 +145,10 @@ class SelectiveKernel(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """[B, planes, H, W] → [B, planes, H/stride, W/stride], nowhere negative."""
-        streams = torch.relu(self.streams_bn(self.streams(maps))).unflatten(1, (2, -1))
-        seen = streams.sum(1).mean((2, 3), keepdim=True)
-        mix = self.mix(torch.relu(self.narrow_bn(self.narrow(seen)))).unflatten(1, (2, -1))
-        return (streams * mix.softmax(1)).sum(1)
+        streams: Tensor = torch.stack(torch.relu(self.streams_bn(self.streams(maps))).chunk(2, dim=1))
+        seen = streams.sum(0).mean((2, 3), keepdim=True)
+        mix = torch.stack(self.mix(torch.relu(self.narrow_bn(self.narrow(seen)))).chunk(2, dim=1))
+        return (streams * mix.softmax(0)).sum(0)
 
 
 class ShortcutPool(nn.Module):
@@ -182,7 +182,8 @@ class SameMaxPool2d(nn.MaxPool2d):
         super().__init__(3, stride=2)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return super().forward(_padded(maps, 3, 2))
+        pooled: Tensor = super().forward(_padded(maps, 3, 2))
+        return pooled
 
 
 def large_stem(shape: Shape) -> tuple[nn.Module, nn.Module]:

@@ -79,12 +79,13 @@ def from_foreign(tensors: Mapping[str, Tensor], origin: str) -> Weights | None:
         return Weights(found, origin, "vit_small_12heads/16" if small else "", None, "")
     if layout is None or not layout.foreign:
         return None
+    found = take(layout, tensors, origin)
     weights = Weights(
-        take(layout, tensors, origin),
+        found,
         origin,
         stem=None if layout is layouts.DINO_V2 else "large",
         prefix="",
-        positions="dino" if layout is layouts.DINO_V2 else "",
+        positions="dino" if layout is layouts.DINO_V2 and "reg_token" not in found else "",
     )
     scaled = releases.SIMCLR_V2 if layout in releases.SIMCLR_V2.layouts else releases.BYOL
     return _for_imagenet_inputs(weights, scaled.mean, scaled.std)
