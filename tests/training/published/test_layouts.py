@@ -24,12 +24,6 @@ SMALL = "resnet14x1"
 """Of bottlenecks, as every published ResNet, but one a stage."""
 
 
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    torch.manual_seed(3)
-    return authors.resnet(1, 1, 1, 1)
-
-
 def images(size: int = 64) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 

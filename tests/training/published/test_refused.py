@@ -26,12 +26,6 @@ from training.published import find, read  # noqa: E402
 SMALL = "resnet14x1"
 
 
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    torch.manual_seed(3)
-    return authors.resnet(1, 1, 1, 1)
-
-
 def reading(name: str, content: Any, tmp_path: Path) -> None:
     """Reads a file with `content`, or with these bytes, as the published checkpoint `name`."""
     path = tmp_path / "a.pth"

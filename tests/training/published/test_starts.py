@@ -21,12 +21,6 @@ from training.published import TABLE, find  # noqa: E402
 SMALL = "resnet14x1"
 
 
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    torch.manual_seed(3)
-    return authors.resnet(1, 1, 1, 1)
-
-
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of the table's checkpoints, as if of a smaller network."""
