@@ -265,7 +265,7 @@ def test_models_lists_the_encoder(command: Command) -> None:
 def test_check_proves_a_bundle_and_refuses_an_altered_one(
     command: Command, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = command("check", tiny_folder, here=False)
+    code, out, _ = command("check", tiny_folder, "--seconds", "0.01", here=False)
     assert code == 0
     assert "tiny: image and text, 8 numbers" in out
     altered = tmp_path / "altered"
@@ -276,6 +276,68 @@ def test_check_proves_a_bundle_and_refuses_an_altered_one(
     code, out, _ = command("check", altered, "--json", here=False)
     assert code == 1
     assert "sha256" in json.loads(out)["error"]["message"]
+
+
+def test_check_says_what_ran_where_and_how_fast(command: Command, seeing_folder: Path) -> None:
+    options = ("--seconds", "0.01", "--threads", "1", "--device", "cpu")
+    code, out, _ = command("check", seeing_folder, *options, here=False)
+    assert code == 0
+    assert "device  cpu (CPUExecutionProvider), float32" in out
+    assert "offers  patches: 4 × 8 on 2 × 2 cells, in the space of texts" in out
+    assert "offers  attention: 2 × 4 on 2 × 2 cells" in out
+    assert "offers  prefixes of 4, 6 numbers" in out
+    assert re.search(r"speed   \d+ images/s in batches of 4, \d+ one by one, 1 threads", out)
+    code, out, _ = command("check", seeing_folder, *options, "--json", here=False)
+    report = json.loads(out)
+    assert (code, report["ok"], report["provider"]) == (0, True, "CPUExecutionProvider")
+    assert report["bytes"] == sum(
+        path.stat().st_size for path in seeing_folder.iterdir() if path.name != "encoder.json"
+    )
+    speed = report["speed"]
+    for key in (
+        "images_per_second",
+        "texts_per_second",
+        "single_images_per_second",
+        "single_texts_per_second",
+    ):
+        assert speed[key] > 0
+
+
+@pytest.mark.parametrize("verb", [("check",), ("serve", "--port", "0", "--encoder")])
+def test_a_device_that_does_not_exist_is_refused(
+    command: Command,
+    verb: tuple[str, ...],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*verb, tiny_folder, "--device", "gpu", here=False)
+    assert code == 1
+    assert "--device is 'gpu'; use auto, cpu, cuda" in err
+
+
+def test_the_device_comes_from_the_environment_too(
+    command: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDSERVE_DEVICE", "cuda:x")
+    assert "--device is 'cuda:x'" in command("check", tiny_folder, here=False)[2]
+
+
+def test_index_makes_a_collection_of_fewer_numbers(
+    command: Command, seeing_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    where = ("--encoder", seeing_folder, "--data", tmp_path / "short")
+    index = ("index", photos, "--collection", "short", "--dimensions")
+    assert command(*index, "4", *where, here=False)[0] == 0
+    code, out, _ = command("search", "blue", "--json", *where, here=False)
+    assert (code, json.loads(out)["hits"][0]["id"]) == (0, "blue.png")
+    code, _, err = command(*index, "6", *where, here=False)
+    assert code == 1
+    assert "keeps 4 numbers of each vector, not 6" in err
+    code, _, err = command("index", photos, "--collection", "odd", "--dimensions", "5", *where, here=False)
+    assert code == 1
+    assert "prefixes of 4, 6, 8" in err
 
 
 def test_export_answers_an_unknown_source_with_the_closest(command: Command, tmp_path: Path) -> None:

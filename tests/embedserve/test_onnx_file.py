@@ -15,6 +15,7 @@ from embedserve.encoder import Encoder
 from embedserve.errors import BundleError
 from embedserve.onnx_file import declared_outputs, without_outputs
 from tests.embedserve.colours import GREEN, RED, axis, png
+from tests.embedserve.test_external_weights import with_weights_beside
 from tests.embedserve.test_heat import reseal
 from tests.tiny_bundle import DIM, OUTPUTS, write_tiny_bundle
 
@@ -95,22 +96,10 @@ def test_bytes_that_are_no_model_are_refused_by_the_encoder(tmp_path: Path) -> N
         Encoder.load(folder, threads=1)
 
 
-def with_weights_beside(path: Path) -> None:
-    """Turns the vectors by a matrix, the identity, whose numbers lie in a file of their own."""
-    model = onnx.load(path)
-    (last,) = [node for node in model.graph.node if node.output == ["embedding"]]
-    last.output[0] = "unturned"
-    model.graph.node.append(helper.make_node("MatMul", ["unturned", "matrix"], ["embedding"]))
-    model.graph.initializer.append(numpy_helper.from_array(np.eye(DIM, dtype=np.float32), "matrix"))
-    onnx.save(
-        model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=4 * DIM * DIM
-    )
-
-
 def test_weights_beside_the_file_come_along(tmp_path: Path) -> None:
     """A graph with outputs is loaded from bytes, so ONNX Runtime has to be told where its weights are."""
     folder = write_tiny_bundle(tmp_path / "bundle", outputs=OUTPUTS).folder
-    with_weights_beside(folder / "image.onnx")
+    with_weights_beside(folder / "image.onnx", "image.onnx.data")
     assert (folder / "image.onnx.data").stat().st_size == 4 * DIM * DIM
     reseal(folder, OUTPUTS)
     encoder = Encoder.load(folder, threads=1)
