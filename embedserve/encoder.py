@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -26,8 +23,6 @@ from embedserve.bundle import (
     Preprocessing,
     Probe,
     open_bundle,
-    pack_vector,
-    unpack_vector,
 )
 from embedserve.config import Limits
 from embedserve.decode import decode
@@ -36,6 +31,7 @@ from embedserve.errors import BundleError, EmbedServeError, InvalidField
 from embedserve.graph import EMBEDDING, Graph, Vectors, available_cores
 from embedserve.graphs import Images, Place, Texts
 from embedserve.preprocess import Region, preprocess, region, shrink_target, thumbnail
+from embedserve.probing import Proof, make_probe, prove
 from embedserve.tokenizer import Tokenizer
 
 __all__ = ["Encoder", "Looks", "OutputName", "Proof", "resolve"]
@@ -62,16 +58,6 @@ UNIT_TOLERANCE = 1e-2
 """How far from 1 the length of a vector may be. Half-precision graphs stay within 1e-3."""
 
 THUMBNAIL_SIZE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What `Encoder.prove` found. A cosine is None where the bundle keeps no golden vector."""
-
-    image_cosine: float | None
-    text_cosine: float | None
-    min_cosine: float
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +250,7 @@ class Encoder:
         if outputs is None or getattr(outputs, name) is None:
             raise InvalidField(
                 f"The encoder '{self.name}' gives no '{name}' beside its vectors. Serve a bundle whose image "
-                "tower offers it; /v1/models says which do.",
+                "tower offers it; /v1/models says what the one served does.",
                 code="no_such_output",
             )
         return outputs
@@ -289,16 +275,7 @@ class Encoder:
         Raises:
             BundleError: A cosine below the probe's `min_cosine`, or a vector that is not of unit length.
         """
-        started = time.perf_counter()
-        probe = self.bundle.description.probe
-        image_cosine = text_cosine = None
-        if self.has_images:
-            png = _unpack_image(probe.image) if probe.image is not None else _gradient_png()
-            image_cosine = self._prove("image", probe.image_vector, lambda: self._embed_image(png))
-        if self.has_text:
-            text = probe.text if probe.text is not None else "a probe"
-            text_cosine = self._prove("text", probe.text_vector, lambda: self._embed_text(text))
-        return Proof(image_cosine, text_cosine, probe.min_cosine, time.perf_counter() - started)
+        return prove(self)
 
     def make_probe(self, image_png: bytes | None, text: str | None) -> Probe:
         """A probe with the vectors this encoder gives now, for whoever writes a bundle.
@@ -307,14 +284,7 @@ class Encoder:
             image_png: A small PNG file, or None to leave images out.
             text: A short text, or None to leave texts out.
         """
-        image_vector = self._embed_image(image_png) if image_png is not None else None
-        text_vector = self._embed_text(text) if text is not None else None
-        return Probe(
-            image=None if image_png is None else base64.b64encode(image_png).decode("ascii"),
-            image_vector=None if image_vector is None else pack_vector(image_vector),
-            text=text,
-            text_vector=None if text_vector is None else pack_vector(text_vector),
-        )
+        return make_probe(self, image_png, text)
 
     def _require_images(self) -> Images:
         if self._images is None:
@@ -375,40 +345,6 @@ class Encoder:
                 code="no_direction",
             )
 
-    def _embed_image(self, data: bytes) -> Vectors:
-        vector: Vectors = self.embed_images([self.read_image(data, Limits())])[0]
-        return vector
-
-    def _embed_text(self, text: str) -> Vectors:
-        vector: Vectors = self.embed_texts(self.tokenize([text]))[0]
-        return vector
-
-    def _prove(self, tower: str, golden: str | None, embed: Callable[[], Vectors]) -> float | None:
-        folder = self.bundle.folder
-        try:
-            found = embed()
-        except BundleError:
-            raise
-        except EmbedServeError as error:
-            raise BundleError(f"The {tower} probe of '{folder}' failed: {error}") from error
-        if golden is None:
-            return None
-        expected = unpack_vector(golden)
-        if expected.shape != found.shape:
-            raise BundleError(
-                f"The golden {tower} vector of '{folder}' has {expected.size} values; the encoder gives "
-                f"{found.size}. Export the bundle again."
-            )
-        cosine = float(found @ expected / (np.linalg.norm(found) * np.linalg.norm(expected)))
-        least = self.bundle.description.probe.min_cosine
-        if cosine < least:
-            raise BundleError(
-                f"The {tower} probe of '{folder}' gave a vector with cosine {cosine:.4f} to the golden one; "
-                f"at least {least} is needed. The bundle was altered, or this machine computes it "
-                "differently. Export it again, or in a higher precision."
-            )
-        return cosine
-
 
 def resolve(folder: Path | str) -> Path:
     """The folder that a user means: 'starter' is the bundle inside this package ('./starter' is a folder).
@@ -431,18 +367,3 @@ def _decode(data: bytes, limits: Limits, spec: Preprocessing) -> Image.Image:
     # The same size with and without thumbnail: one file must always give one vector.
     shrink_to = max(shrink_target(spec), THUMBNAIL_SIZE)
     return decode(data, limits, background=spec.background, shrink_to=shrink_to)
-
-
-def _unpack_image(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        raise BundleError("The probe's image is not base64. Export the bundle again.") from None
-
-
-def _gradient_png() -> bytes:
-    ramp = np.arange(64, dtype=np.uint8) * 4
-    pixels = np.stack(np.broadcast_arrays(ramp[None, :], ramp[:, None], np.uint8(128)), axis=2)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
