@@ -127,7 +127,8 @@ class _Graft:
         else:
             length = self._node(behind, "ReduceL2", found, axes=[1], keepdims=1)
         length = self._node(behind, "Max", length, np.array([SHORTEST], np.float32))
-        found = self._node(behind, "Div", found, length)
+        embedding = f"{PREFIX}embedding"
+        behind.append(helper.make_node("Div", [found, length], [embedding], name=embedding))
         theirs = list(self._graph.node)
         weights = {tensor.name for tensor in self._graph.initializer}
         listed = [one for one in self._graph.input if one.name in weights]
@@ -135,7 +136,7 @@ class _Graft:
         self._graph.node.extend([*self._front, *theirs, *behind])
         self._graph.input.extend([*([self._input] if self._input else []), *listed])
         self._graph.output.append(
-            helper.make_tensor_value_info(found, TensorProto.FLOAT, [1 if single else "batch", dim])
+            helper.make_tensor_value_info(embedding, TensorProto.FLOAT, [1 if single else "batch", dim])
         )
 
     def _node(

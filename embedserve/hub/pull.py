@@ -16,6 +16,7 @@ from embedserve.bundle import (
     Bundle,
     Description,
     ImageTower,
+    Probe,
     Scoring,
     TextTower,
     check_out,
@@ -198,8 +199,8 @@ def _write(folder: Path, plan: _Plan, wishes: Wishes) -> tuple[str, ...]:
     )
 
     # ---- proof ---------------------------------------------------------------------------------------
-    encoder = Encoder(seal(folder, description))
-    agreements = {which: tower.compare(encoder) for which, tower in towers.items()}
+    seal(folder, description)
+    agreements, probe = _prove(folder, towers)
     for which, agreement in agreements.items():
         if agreement.batched_cosine < BATCH_MATTERS:
             warnings.append(
@@ -209,8 +210,6 @@ def _write(folder: Path, plan: _Plan, wishes: Wishes) -> tuple[str, ...]:
             )
 
     # ---- the bundle ----------------------------------------------------------------------------------
-    picture = proof.png(proof.images()[1]) if encoder.has_images else None
-    probe = encoder.make_probe(picture, PROBE_TEXT if encoder.has_text else None)
     description = description.model_copy(
         update={
             "probe": probe.model_copy(
@@ -226,6 +225,14 @@ def _write(folder: Path, plan: _Plan, wishes: Wishes) -> tuple[str, ...]:
     (folder / "README.md").write_text(model_card(description, warnings), encoding="utf-8")
     Encoder(seal(folder, description)).prove()
     return tuple(warnings)
+
+
+def _prove(folder: Path, towers: Mapping[str, _Tower]) -> tuple[dict[str, Agreement], Probe]:
+    """Raises BundleError: the vectors are not those of their graphs."""
+    encoder = Encoder.load(folder, verify=False)
+    agreements = {which: tower.compare(encoder) for which, tower in towers.items()}
+    picture = proof.png(proof.images()[1]) if encoder.has_images else None
+    return agreements, encoder.make_probe(picture, PROBE_TEXT if encoder.has_text else None)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class SmallHub:
     gated: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     """Repositories for which it answers 503."""
+    cut: bool = False
+    """The next large file breaks off in the middle."""
     asked: Counter[str] = field(default_factory=Counter)
     """'METHOD path' → how often."""
 
@@ -145,6 +147,11 @@ class _Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         asked = self.headers.get("Range")
+        if asked is None and self.hub.cut:
+            self.hub.cut = False
+            self._send(200, headers, data, sent=len(data) // 2)
+            self.close_connection = True
+            return
         if asked is None:
             self._send(200, headers, data)
             return
@@ -153,11 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
         self._send(206, headers, part)
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+    def _send(
+        self, status: int, headers: dict[str, str], body: bytes = b"", *, sent: int | None = None
+    ) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])

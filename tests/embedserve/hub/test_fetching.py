@@ -42,19 +42,19 @@ def test_a_second_pull_takes_everything_from_the_cache(from_hub: Pull, small_hub
 
 
 def test_without_a_network_the_cache_is_enough(from_hub: Pull, small_hub: SmallHub, tmp_path: Path) -> None:
-    fetched = from_hub(IMMICH).bundle
-    away = open_repository(IMMICH, Hub(endpoint=NOWHERE, cache=tmp_path / "cache"))
-    assert away.commit == small_hub.commit(IMMICH)
+    fetched = from_hub(DINOV2).bundle
+    away = open_repository(DINOV2, Hub(endpoint=NOWHERE, cache=tmp_path / "cache"))
+    assert away.commit == small_hub.commit(DINOV2)
     assert away.at in fetched.description.source
 
 
 def test_offline_mode_asks_nobody(
     from_hub: Pull, small_hub: SmallHub, request: pytest.FixtureRequest
 ) -> None:
-    online = from_hub(IMMICH).bundle
+    online = from_hub(DINOV2).bundle
     small_hub.asked.clear()
     request.getfixturevalue("offline")
-    assert from_hub(IMMICH).bundle.fingerprint == online.fingerprint
+    assert from_hub(DINOV2).bundle.fingerprint == online.fingerprint
     assert not small_hub.asked
 
 
@@ -65,6 +65,12 @@ def test_offline_without_the_file_says_what_to_do(from_hub: Pull, request: pytes
         from_hub(CLIP, variant="fp16")
     with pytest.raises(NotReady, match="HF_HUB_OFFLINE is set, and the cache lacks 'immich-app/tiny__new'"):
         from_hub(IMMICH)
+
+
+def test_a_transfer_that_breaks_off_is_tried_again(from_hub: Pull, small_hub: SmallHub, pulled: Pull) -> None:
+    small_hub.cut = True
+    assert from_hub(DINOV2).bundle.fingerprint == pulled(DINOV2).bundle.fingerprint
+    assert small_hub.asked[f"GET /cdn/{DINOV2}/onnx/model.onnx"] == 2
 
 
 def test_a_revision_is_pinned(from_hub: Pull, small_hub: SmallHub) -> None:

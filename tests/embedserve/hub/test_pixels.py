@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from embedserve.bundle import Preprocessing
 from embedserve.hub.pixels import PixelRules, from_huggingface, from_open_clip
-from embedserve.hub.proof import images
+from embedserve.hub.proof import PIXELS_APART, images
 from embedserve.preprocess import preprocess
 from tests.embedserve.hub import networks  # also makes torchvision importable
 
@@ -97,3 +98,31 @@ def test_transformers_own_processor_reads_the_same_file_alike() -> None:
         expected = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         # transformers 5 resizes tensors, not Pillow images
         assert np.abs(literal(rules, image) - expected).mean() < 0.02
+
+
+CLIP_224 = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+REAL_SIZES = {
+    "CLIP": CLIP_224,
+    "DINOv2": {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+    "SigLIP": {"size": {"height": 384, "width": 384}},
+}
+
+
+def apart(spec: Preprocessing, rules: PixelRules) -> float:
+    """The most, over all pictures of the proof, of what it judges pixels by."""
+    pairs = [(preprocess(image, spec).astype(int), rules.their_pixels(image)) for image in images()]
+    return max(float(np.abs(one - other).mean()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", REAL_SIZES)
+def test_serving_prepares_images_of_real_sizes_as_the_literal_version(name: str) -> None:
+    rules = from_huggingface(REAL_SIZES[name], "theirs")
+    assert apart(rules.preprocessing, rules) < PIXELS_APART
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"interpolation": "bilinear"}, {"odd_crop": "even"}, {"resize_to": 230}, {"resize": "squash"}]
+)
+def test_the_pictures_of_the_proof_show_a_mistake(mistake: dict[str, Any]) -> None:
+    rules = from_huggingface(CLIP_224, "theirs")
+    assert apart(rules.preprocessing.model_copy(update=mistake), rules) > 2 * PIXELS_APART
