@@ -64,7 +64,8 @@ def pull(
         logit_scale=logit_scale,
         logit_bias=logit_bias,
     )
-    pulled = write(sources, out, wishes, Hub(progress=not json and sys.stderr.isatty()))
+    watched = not json and sys.stderr.isatty()
+    pulled = write(sources, out, wishes, Hub(progress=watched), say=note if watched else lambda step: None)
     bundle = pulled.bundle
     for warning in pulled.warnings:
         note(warning)

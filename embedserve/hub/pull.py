@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,14 @@ class _Tower:
         return proof.compare_texts(encoder, self.theirs, self.foreign, exact=exact)
 
 
-def pull(sources: Sequence[str], out: Path | None, wishes: Wishes, hub: Hub) -> Pulled:
+def pull(
+    sources: Sequence[str],
+    out: Path | None,
+    wishes: Wishes,
+    hub: Hub,
+    *,
+    say: Callable[[str], None] = lambda step: None,
+) -> Pulled:
     """Writes the encoder that `sources` hold to `out` as a bundle, proven against their own graphs.
 
     Args:
@@ -119,6 +126,7 @@ def pull(sources: Sequence[str], out: Path | None, wishes: Wishes, hub: Hub) -> 
             folder here with the encoder's name.
         wishes: Choices.
         hub: Where repositories are.
+        say: Called with a sentence before what takes a while.
 
     Raises:
         NotFound, NotReady: A repository, revision, file or variant is not there or cannot be reached.
@@ -132,6 +140,7 @@ def pull(sources: Sequence[str], out: Path | None, wishes: Wishes, hub: Hub) -> 
     texts = _only([part for part in parts if part.foreign.texts], "a text tower")
     name = _name(parts, wishes)
     out = Path(name) if out is None else Path(out)
+    say(f"Writing '{out}' and comparing it with the graphs it is made from; large models take minutes.")
     try:
         with new_bundle(out) as folder:
             warnings = _write(folder, _Plan(name, parts, images, texts), wishes)

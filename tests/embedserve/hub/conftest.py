@@ -16,7 +16,7 @@ from embedserve.hub.fetching import Hub
 from embedserve.hub.pull import Pulled, Wishes, pull
 from tests.embedserve.hub import networks
 from tests.embedserve.hub.networks import Network
-from tests.embedserve.hub.published import CLIP, MAKERS
+from tests.embedserve.hub.published import CLIP, LARGE, MAKERS
 from tests.embedserve.hub.small_hub import SmallHub, serve
 
 Pull = Callable[..., Pulled]
@@ -32,8 +32,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(root: Path) -> dict[str, Network]:
     """Each repository's name and the network that it was made from."""
     made = {name: make(root / name) for name, make in MAKERS.items()}
+    shutil.copytree(root / CLIP, root / LARGE)
+    networks.move_weights_outside(root / LARGE)
     networks.add_variants(root / CLIP)
-    return made
+    return {**made, LARGE: made[CLIP]}
 
 
 @pytest.fixture

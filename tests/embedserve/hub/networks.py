@@ -221,6 +221,15 @@ def add_variants(folder: Path) -> None:
         quantize_dynamic(folder / f"onnx/{name}.onnx", folder / f"onnx/{name}_quantized.onnx")
 
 
+def move_weights_outside(folder: Path) -> None:
+    """As exporters do above 2 GB, where one file of protobuf cannot hold them."""
+    for name in ("vision_model", "text_model"):
+        path = folder / f"onnx/{name}.onnx"
+        model = onnx.load(path)
+        path.unlink()
+        onnx.save(model, path, save_as_external_data=True, location=f"{name}.onnx_data", size_threshold=64)
+
+
 def transformers_js_siglip(folder: Path) -> Network:
     tokenizer = tokenizer_files.siglip()
     tower = {

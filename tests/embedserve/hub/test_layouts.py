@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
@@ -132,31 +128,21 @@ def test_a_variant_keeps_its_precision(
 
 
 def test_weights_outside_of_a_graph_come_along(
-    copy_of: Callable[[str], Path], from_folder: Pull, published: dict[str, Network]
+    from_hub: Pull, small_hub: SmallHub, published: dict[str, Network]
 ) -> None:
-    folder = copy_of(names.CLIP)
-    for name in ("vision_model", "text_model"):
-        path = folder / f"onnx/{name}.onnx"
-        model = onnx.load(path)
-        path.unlink()
-        onnx.save(model, path, save_as_external_data=True, location=f"{name}.onnx_data", size_threshold=64)
-    bundle = from_folder(folder).bundle
+    bundle = from_hub(names.LARGE).bundle
+    assert f"{names.LARGE}/onnx/text_model.onnx_data" in small_hub.fetched()
     weights = {"image.onnx_data", "text.onnx_data"}
-    assert weights < set(bundle.description.files)
-    for stem in ("image", "text"):
-        assert bundle.path(f"{stem}.onnx_data").stat().st_size > 20 * 1024
-    network = published[names.CLIP]
+    files = {"image.onnx", "text.onnx", "tokenizer.json", "README.md", *weights}
+    assert set(bundle.description.files) == files
+    assert {path.name for path in bundle.folder.iterdir()} == {*files, "encoder.json"}
+    for name in weights:
+        assert bundle.path(name).stat().st_size > 20 * 1024
+        assert not bundle.path(name).is_symlink()  # as the files in the cache are
+    network = published[names.LARGE]
     assert network.images is not None
     encoder = Encoder.load(bundle.folder, threads=1)
     assert least_cosine(image_vectors(encoder), network.images(images())) >= 0.9999
-    assert {path.name for path in bundle.folder.iterdir()} == {
-        *weights,
-        "image.onnx",
-        "text.onnx",
-        "tokenizer.json",
-        "README.md",
-        "encoder.json",
-    }
 
 
 def test_an_old_export_serves_batches_one_by_one(pulled: Pull) -> None:
