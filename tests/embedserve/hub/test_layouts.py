@@ -100,13 +100,16 @@ def test_what_the_files_do_not_say_is_assumed_and_told(pulled: Pull) -> None:
 
 
 def test_a_scale_that_is_given_is_not_guessed(from_hub: Pull) -> None:
-    clip = from_hub(names.CLIP, logit_scale=42.5)
-    assert clip.bundle.description.scoring.logit_scale == 42.5
+    clip = from_hub(names.CLIP, logit_scale=42.5, activation="sigmoid", logit_bias=-3.0)
+    assert clip.bundle.description.scoring.model_dump() == {
+        "activation": "sigmoid",
+        "logit_scale": 42.5,
+        "logit_bias": -3.0,
+    }
     assert clip.warnings == ()
     siglip = from_hub(names.IMMICH_SIGLIP, logit_scale=110.0, logit_bias=-11.0)
     assert siglip.bundle.description.scoring.logit_bias == -11.0
     assert not any("assumed" in warning for warning in siglip.warnings)
-    assert from_hub(names.CLIP, activation="sigmoid").bundle.description.scoring.activation == "sigmoid"
 
 
 @pytest.mark.parametrize(
