@@ -6,6 +6,7 @@ cleaning stays behind as the name of a rule (`embedserve.cleaning`), everything 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -208,7 +209,8 @@ def _spelled_out(
     return merges
 
 
-def _pattern(specials: Sequence[str]) -> str:
+@functools.cache
+def _pattern(specials: tuple[str, ...]) -> str:
     """open_clip's pattern for words, with every class of characters written out.
 
     What is a letter differs between versions of Unicode: the tokenizers library's regular expressions lack

@@ -196,30 +196,45 @@ def _revision(path: Path) -> str:
 
 
 def _build(choice: _Choice, *, random: bool) -> nn.Module:
-    external = choice.model.startswith((HUB, FOLDER))
-    own = external and choice.weights is not None  # instead of those that lie beside the configuration
-    with _reaching(f"the model {choice.model}", "local-dir:FOLDER"):
-        try:
+    file = None if random else choice.weights
+    try:
+        with _reaching(f"the model {choice.model}", "local-dir:FOLDER"):
             model = open_clip.create_model(
                 choice.model,
-                pretrained=None if external else choice.weights,
-                load_weights=not (random or own),
-                require_pretrained=not (random or own),
+                load_weights=not random and file is None,
+                require_pretrained=not random and file is None,
                 pretrained_text=False,
                 force_quick_gelu=bool(choice.trained.get("quick_gelu")),
                 force_preprocess_cfg=choice.trained,
             )
-            if own and not random:
-                open_clip.load_checkpoint(model, choice.weights)
-        except RuntimeError as error:
-            if "state_dict" not in str(error):
-                raise
+    except EmbedServeError as error:
+        if _misfit(error.__cause__):
+            raise _does_not_fit(choice, error.__cause__) from None
+        raise
+    if file:
+        try:
+            open_clip.load_checkpoint(model, file)
+        except Exception as error:  # noqa: BLE001 -- what torch, safetensors and open_clip raise shares no base
+            if _misfit(error):
+                raise _does_not_fit(choice, error) from None
             raise InvalidField(
-                f"The weights do not fit the architecture {choice.model}: {_one_line(error)} Choose the "
-                "architecture that they were trained with.",
+                f"'{file}' cannot be read as a checkpoint: {_one_line(error)} Save its state_dict with "
+                "torch.save or safetensors.",
                 param="weights",
             ) from None
     return cast(nn.Module, model)
+
+
+def _misfit(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and "state_dict" in str(error)
+
+
+def _does_not_fit(choice: _Choice, error: BaseException | None) -> InvalidField:
+    return InvalidField(
+        f"The weights do not fit the architecture {choice.model}: {_one_line(error)} Choose the one that "
+        "they were trained with.",
+        param="weights",
+    )
 
 
 @contextmanager
@@ -238,7 +253,7 @@ def _reaching(what: str, instead: str) -> Iterator[None]:
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException | None) -> str:
     text = " ".join(str(error).split())
     return f"{text[:300]}…" if len(text) > 300 else f"{text.rstrip('.')}."
 
