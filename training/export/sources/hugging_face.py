@@ -108,8 +108,7 @@ def original(rest: str, choices: Choices) -> Original:
         )
     tokenizer = None
     if family.vectors == "both towers":
-        with _reaching(place):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**place.arguments)
+        tokenizer = _tokenizer(place)
     model = ready(_model(place, config, family, random=choices.random))
     return Original(
         name=_encoder_name(place, random=choices.random),
@@ -169,6 +168,22 @@ def _reaching(place: _Place) -> Iterator[None]:
         logs.set_verbosity(verbosity)
         if bars:
             logs.enable_progress_bar()
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+
+def _tokenizer(place: _Place) -> Any:
+    with _reaching(place):
+        # transformers makes an empty tokenizer of a folder that has none.
+        if not any(
+            _untyped(transformers.utils).cached_file(
+                place.name, file, revision=place.revision, _raise_exceptions_for_missing_entries=False
+            )
+            for file in VOCABULARIES
+        ):
+            raise OSError(f"it has no tokenizer ({', '.join(VOCABULARIES)}).")
+        return transformers.AutoTokenizer.from_pretrained(**place.arguments)
 
 
 def _model(place: _Place, config: Any, family: _Family, *, random: bool) -> nn.Module:
