@@ -355,7 +355,8 @@ def _source(part: _Part) -> str:
 
 
 def _precision(found: Mapping[str, Precision], variant: str) -> str:
-    spelled = {which: f"quantised ({variant})" if one == "quantised" else one for which, one in found.items()}
+    quantised = "quantised" if variant in {"fp32", "quantized"} else f"quantised ({variant})"
+    spelled = {which: quantised if one == "quantised" else one for which, one in found.items()}
     if len(set(spelled.values())) == 1:
         return next(iter(spelled.values()))
     return ", ".join(f"{which} {one}" for which, one in spelled.items())

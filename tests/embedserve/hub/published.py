@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.embedserve.hub import networks
+from tests.embedserve.hub import immich_networks, networks
 from tests.embedserve.hub.networks import Network
 
 CLIP, MASKED_CLIP = "Xenova/tiny-clip", "Xenova/tiny-clip-masked"
@@ -23,8 +23,8 @@ MAKERS: Mapping[str, Callable[[Path], Network]] = {
     MASKED_CLIP: lambda folder: networks.transformers_js_clip(folder, masks=True),
     SIGLIP: networks.transformers_js_siglip,
     DINOV2: networks.dinov2,
-    IMMICH: lambda folder: networks.immich_clip(folder, old=False),
-    OLD_IMMICH: lambda folder: networks.immich_clip(folder, old=True),
-    IMMICH_SIGLIP: networks.immich_siglip,
+    IMMICH: lambda folder: immich_networks.clip(folder, old=False),
+    OLD_IMMICH: lambda folder: immich_networks.clip(folder, old=True),
+    IMMICH_SIGLIP: immich_networks.siglip,
     QDRANT: lambda folder: networks.qdrant_clip(folder, folder.with_name("tiny-clip-text")),
 }
