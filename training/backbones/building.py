@@ -140,7 +140,7 @@ def default_backbone(size: int, kind: Literal["conv", "vit"] = "conv", *, on_gpu
 def kind_of(name: str, start: str = "") -> Literal["conv", "vit"]:
     """What `build(name, …, start=start)` gives. Raises as `build` does for an unknown name or start."""
     if start and start != starting.IMAGENET:
-        name = starting.read(start).network_for(name)
+        name = starting.network_of(start, name)
     return "conv" if is_resnet(name) or not _is_transformer(_find_in_timm(name)[0]) else "vit"
 
 

@@ -15,7 +15,16 @@ from training import torchvision_ops
 from training.backbones.convolutional import Stem
 from training.backbones.files import contents, flat
 
-__all__ = ["IMAGENET", "STARTER", "Weights", "create_pretrained", "read", "read_torchvision", "timm_tag"]
+__all__ = [
+    "IMAGENET",
+    "STARTER",
+    "Weights",
+    "create_pretrained",
+    "network_of",
+    "read",
+    "read_torchvision",
+    "timm_tag",
+]
 
 IMAGENET, STARTER, PUBLISHED = "imagenet", "starter", "published:"
 STARTER_NETWORK = "tf_efficientnet_lite0"
@@ -87,6 +96,15 @@ def read(start: str) -> Weights:
             param="start",
         )
     return _file(path)
+
+
+def network_of(start: str, name: str) -> str:
+    """The network that `start` is for when `name`, or nothing, was asked for. Raises as `read` does."""
+    if start.startswith(PUBLISHED):  # known without the file
+        from training.published import find
+
+        return name or find(start.removeprefix(PUBLISHED).partition("@")[0]).network
+    return read(start).network_for(name)
 
 
 def read_torchvision(name: str) -> Weights:

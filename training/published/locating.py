@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def locate(checkpoint: Checkpoint, weights: Path | None) -> Path:
 
 def _download(checkpoint: Checkpoint, cached: Path) -> None:
     cached.parent.mkdir(parents=True, exist_ok=True)
-    unproven = cached.with_name(f"{cached.name}.unproven")
+    # Processes that train together may all come here; each downloads to a name of its own.
+    unproven = cached.with_name(f"{cached.name}.{os.getpid()}.unproven")
     try:
         torch.hub.download_url_to_file(checkpoint.url, str(unproven), progress=sys.stderr.isatty())
     except OSError as error:

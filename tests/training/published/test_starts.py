@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra 'trai
 from torch import nn  # noqa: E402
 
 from embedserve.errors import InvalidField, NotFound  # noqa: E402
+from tests.training.pictures import QUICK, write_pictures  # noqa: E402
 from tests.training.published import authors, haiku  # noqa: E402
 from tests.training.weights import assert_same  # noqa: E402
 from training.backbones import build, describe, kind_of  # noqa: E402
 from training.published import TABLE, find  # noqa: E402
+from training.train import train  # noqa: E402
 
 SMALL = "resnet14x1"
 
@@ -140,3 +143,24 @@ def test_simclrv2s_converted_file_is_recognised_by_its_content(tmp_path: Path, n
     found = build(f"{SMALL}-simclr", 64, start=str(path))
     assert torch.equal(found.network.layer4[0].conv3.weight, network.layer4[0].conv3.weight)
     assert any("first layer was scaled" in note for note in found.notes)
+
+
+def test_a_run_starts_from_a_published_checkpoint(
+    tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBEDSERVE_CACHE", str(tmp_path / "cache"))
+    path = saved(tmp_path / "a.pth.tar", authors.RESNETS["MoCo v2"][1](network))
+    start = f"published:moco_v2/resnet50-800ep@{path}"
+    given = {key: value for key, value in QUICK.items() if key != "backbone"}
+    given |= {"start": start, "projection_dim": "32", "hidden_dim": "32"}
+    run = tmp_path / "run"
+    train("simclr", str(write_pictures(tmp_path / "pictures", each=10)), run, given | {"epochs": "1"})
+    described = json.loads((run / "config.json").read_text())
+    assert described["encoder"]["name"] == SMALL
+    assert "Its licence forbids commercial use." in described["encoder"]["notes"]
+    again = build("", 32, start=str(run))
+    assert again.name == SMALL
+    # trained a little, from there
+    before, after = (net.state_dict()["layer4.0.conv3.weight"] for net in (network, again.network))
+    assert not torch.equal(before, after)
+    assert torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.9
