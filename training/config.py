@@ -25,7 +25,7 @@ class TrainConfig:
     backbone: str = "resnet18"
     """A torchvision or timm name, or vit_small/16; follows the image size."""
     start: str = ""
-    """Weights to start from: a run, a file, 'starter', 'imagenet', 'published:NAME'. The lr is then a tenth."""
+    """Weights to start from: a run, a file, 'starter', 'imagenet', 'published:NAME'. A tenth of the lr."""
     size: int = 32
     """Pixels of a side of a full-size view; follows the images, and is at most 64 without a GPU."""
     stored_size: int = 32

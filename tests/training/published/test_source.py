@@ -11,10 +11,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed (extra 'train')")
 
 from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
 
 from embedserve.errors import InvalidField  # noqa: E402
 from embedserve.preprocess import preprocess  # noqa: E402
-from tests.training.published import authors, literal  # noqa: E402
+from tests.training.published import authors, haiku, literal  # noqa: E402
 from training.backbones import build  # noqa: E402
 from training.export.original import Choices  # noqa: E402
 from training.export.sources.published import listing, original  # noqa: E402
@@ -29,6 +30,7 @@ def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dino/vits16", VIT),
         ("swav/resnet50-800ep", "resnet14x1"),
         ("simclr/resnet50_1x", "resnet14x1-simclr"),
+        ("byol/resnet50", "resnet14x1-byol"),
     ):
         monkeypatch.setitem(TABLE, name, replace(find(name), network=small))
 
@@ -61,6 +63,7 @@ def test_a_transformer_offers_its_class_token_patches_and_attention(
         "DINO (arXiv:2104.14294), published by its authors at https://github.com/face"
     )
     assert "77.0% top-1" in found.notes[0]
+    assert not any(str(path) in note for note in found.notes)
     assert not found.images.network.training
     assert not any(parameter.requires_grad for parameter in found.images.network.parameters())
 
@@ -113,7 +116,7 @@ def test_servings_preprocessing_is_the_authors(name: str) -> None:
 def test_random_weights_need_no_file() -> None:
     torch.manual_seed(1)
     found = original("dino/vits16", Choices(random=True))
-    assert found.source == f"random weights for {VIT}"
+    assert found.source == f"random weights for {VIT}, 'dino/vits16'"
 
 
 def test_choices_that_it_does_not_have_are_refused() -> None:
@@ -129,3 +132,37 @@ def test_choices_that_it_does_not_have_are_refused() -> None:
 
 def test_the_command_line_lists_the_table() -> None:
     assert listing is rows
+
+
+# All the way to serving
+
+
+@pytest.mark.parametrize("name", ["dino/vits16", "byol/resnet50"])
+@torch.no_grad()
+def test_a_bundle_serves_the_vectors_of_the_file(
+    tmp_path: Path, network: nn.Module, transformer: tuple[dict[str, torch.Tensor], Path], name: str
+) -> None:
+    write = pytest.importorskip("training.export.write", reason="nothing here writes bundles of a source yet")
+    from training.export.calibration import built_in
+
+    from embedserve.encoder import Encoder
+
+    state, path = transformer
+    if name == "byol/resnet50":
+        path = tmp_path / "pretrain_res50x1.pkl"
+        params, averages = haiku.state_of(network)
+        path.write_bytes(haiku.checkpoint(params, averages))
+    source = original(name, Choices(weights=path))
+    bundle = write.write(source, tmp_path / "bundle", calibration=built_in(images=4))
+    assert bundle.description.licence == "Apache-2.0"
+    assert source.images is not None
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+    mean, std = (torch.tensor(value) for value in (source.images.mean, source.images.std))
+    images = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2)
+    if name == "byol/resnet50":
+        expected = literal.byol_resnet(haiku.tensors(params), haiku.tensors(averages), images)
+    else:
+        expected = literal.vision_transformer(state, images, heads=2)
+    served = torch.from_numpy(Encoder.load(bundle.folder).embed_images(pixels))
+    assert nn.functional.cosine_similarity(served, expected).min() > 0.99999

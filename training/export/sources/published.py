@@ -43,10 +43,10 @@ def original(rest: str, choices: Choices) -> Original:
         )
     spec = release.preprocessing
     backbone = build(checkpoint.network, spec.height)
-    source = f"random weights for {checkpoint.network}"
+    source = f"random weights for {checkpoint.network}, '{checkpoint.full_name}'"
     if not choices.random:
         path = locate(checkpoint, choices.weights)
-        load(backbone, read(checkpoint, path))
+        load(backbone, read(checkpoint, path))  # its first note names the file, which `source` does better
         source = f"{checkpoint.url or release.page} ({_sha256(path)})"
     transformer = backbone.kind == "vit"
     return Original(
@@ -63,7 +63,7 @@ def original(rest: str, choices: Choices) -> Original:
         ),
         licence=release.licence,
         source=source,
-        notes=(_evaluated(checkpoint), *(backbone.notes if not choices.random else ())),
+        notes=(_evaluated(checkpoint), *(release.notes if choices.random else backbone.notes[1:])),
     )
 
 
