@@ -39,14 +39,14 @@ def reading(name: str, content: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", authors.RESNETS)
 def test_a_file_of_another_method_is_named_by_what_it_looks_like(
-    tmp_path: Path, network: nn.Module, form: str
+    tmp_path: Path, stem: nn.Module, form: str
 ) -> None:
     written, write = authors.RESNETS[form]
     # Sister methods share a layout, and so do all that publish a backbone alone.
     method = written.partition("/")[0]
     asked = "swav/resnet50-800ep" if method in {"simsiam", "moco_v1"} else "simsiam/resnet50-100ep"
     with pytest.raises(InvalidField) as caught:
-        reading(asked, write(network), tmp_path)
+        reading(asked, write(stem), tmp_path)
     message = str(caught.value)
     assert f"a.pth' is not the file of '{asked}': it looks like" in message
     whose = {
@@ -57,19 +57,17 @@ def test_a_file_of_another_method_is_named_by_what_it_looks_like(
     assert find(asked).release.page in message
 
 
-def test_moco_v1_and_v2_are_told_apart_by_their_heads(tmp_path: Path, network: nn.Module) -> None:
+def test_moco_v1_and_v2_are_told_apart_by_their_heads(tmp_path: Path, stem: nn.Module) -> None:
     for name, form, other in (
         ("moco_v1/resnet50-200ep", "MoCo v2", "moco_v2"),
         ("moco_v2/resnet50-800ep", "MoCo v1", "moco_v1"),
     ):
         with pytest.raises(InvalidField, match=rf"it looks like {form}'s \(such as '{other}/"):
-            reading(name, authors.RESNETS[form][1](network), tmp_path)
+            reading(name, authors.RESNETS[form][1](stem), tmp_path)
 
 
-def test_a_supervised_classifier_is_not_taken_for_a_backbone_alone(
-    tmp_path: Path, network: nn.Module
-) -> None:
-    content = authors.backbone_alone(network) | authors.named("fc.", nn.Linear(2048, 3))
+def test_a_supervised_classifier_is_not_taken_for_a_backbone_alone(tmp_path: Path, stem: nn.Module) -> None:
+    content = authors.backbone_alone(stem) | authors.named("fc.", nn.Linear(2048, 3))
     with pytest.raises(InvalidField, match="it looks like a ResNet classifier's, torchvision's names"):
         reading("vicreg/resnet50", content, tmp_path)
 
@@ -97,15 +95,15 @@ def test_a_missing_average_of_byols_is_named(tmp_path: Path, network: nn.Module)
         reading("byol/resnet50", haiku.checkpoint(params, averages), tmp_path)
 
 
-def test_a_tensor_that_nothing_explains_is_named(tmp_path: Path, network: nn.Module) -> None:
-    content = authors.RESNETS["SimSiam"][1](network)
+def test_a_tensor_that_nothing_explains_is_named(tmp_path: Path, stem: nn.Module) -> None:
+    content = authors.RESNETS["SimSiam"][1](stem)
     content["state_dict"]["module.second_encoder.conv1.weight"] = torch.ones(2)
     message = (
         r"is SimSiam's, but 1 of its \d+ tensors are not known there \(state_dict\.module\.second_encoder"
     )
     with pytest.raises(InvalidField, match=message):
         reading("simsiam/resnet50-100ep", content, tmp_path)
-    params, averages = haiku.state_of(network)
+    params, averages = haiku.state_of(stem)
     params["res_net50/~/attention"] = {"w": np.ones(3, np.float32)}
     with pytest.raises(InvalidField, match=r"is BYOL's, but 1 of its .*res_net50/~/attention\.w\)"):
         reading("byol/resnet50", haiku.checkpoint(params, averages), tmp_path)
@@ -124,10 +122,10 @@ def test_a_file_without_tensors_says_what_to_give(tmp_path: Path) -> None:
         reading("vicreg/resnet50", {"epoch": 3}, tmp_path)
 
 
-def test_a_truncated_file_is_a_clear_error(tmp_path: Path, network: nn.Module) -> None:
+def test_a_truncated_file_is_a_clear_error(tmp_path: Path, stem: nn.Module) -> None:
     file = io.BytesIO()
-    torch.save(authors.RESNETS["DenseCL"][1](network), file)
-    pickled = haiku.checkpoint(*haiku.state_of(network))
+    torch.save(authors.RESNETS["DenseCL"][1](stem), file)
+    pickled = haiku.checkpoint(*haiku.state_of(stem))
     for name, whole in (("densecl/resnet50-coco-800ep", file.getvalue()), ("byol/resnet50", pickled)):
         for length in (1, 2, 3, 100, 5000, len(whole) - 5000, len(whole) - 1):
             with pytest.raises(BadRequest, match=r"cannot be read as .*is it complete\?|holds no weights"):
@@ -188,8 +186,8 @@ def test_the_attacks_would_work_on_an_open_door(tmp_path: Path) -> None:
         trace.rmdir()
 
 
-def test_a_torch_file_with_an_object_is_refused(tmp_path: Path, network: nn.Module) -> None:
-    content = authors.RESNETS["DenseCL"][1](network) | {"meta": Runs(os.mkdir, str(tmp_path / "trace"))}
+def test_a_torch_file_with_an_object_is_refused(tmp_path: Path, stem: nn.Module) -> None:
+    content = authors.RESNETS["DenseCL"][1](stem) | {"meta": Runs(os.mkdir, str(tmp_path / "trace"))}
     with pytest.raises(
         BadRequest, match=r"holds a Python object \((posix|nt)\.mkdir\), which could run code"
     ):
