@@ -17,11 +17,14 @@ import ftfy
 
 __all__ = ["Cleaning", "clean"]
 
-Cleaning = Literal["none", "whitespace", "lower", "canonicalize"]
-"""none: as it came. The others are open_clip's, under its names; each repairs, resolves entities and joins
-whitespace; lower: lower case as well (CLIP); canonicalize: lower case without ASCII punctuation (SigLIP)."""
+Cleaning = Literal["none", "whitespace", "lower", "canonicalize", "siglip"]
+"""none: as it came. whitespace, lower and canonicalize are open_clip's, under its names; each repairs,
+resolves entities and joins whitespace; lower: lower case as well (CLIP); canonicalize: lower case without
+ASCII punctuation (SigLIP). siglip: as Hugging Face does for SigLIP, which is canonicalize without repairs."""
 
 _NO_PUNCTUATION = str.maketrans({**dict.fromkeys(string.punctuation, None), "_": " "})
+_SIGLIP = str.maketrans({**dict.fromkeys(string.punctuation, None), "▁": " "})
+"""Here an underscore joins; sentencepiece's own sign for a space is one."""
 
 
 def clean(text: str, rule: Cleaning) -> str:
@@ -47,9 +50,14 @@ def _canonicalize(text: str) -> str:
     return " ".join(_repaired(text).translate(_NO_PUNCTUATION).lower().split())
 
 
+def _siglip(text: str) -> str:
+    return " ".join(text.translate(_SIGLIP).lower().split())
+
+
 _RULES: Mapping[Cleaning, Callable[[str], str]] = {
     "none": str,
     "whitespace": _whitespace,
     "lower": _lower,
     "canonicalize": _canonicalize,
+    "siglip": _siglip,
 }

@@ -15,6 +15,7 @@ from embedserve.cleaning import Cleaning, clean
         ("  A \n cat ", "lower", "a cat"),
         ("It’s â€œfineâ€\x9d &amp;lt;b&amp;gt;", "lower", 'it\'s "fine" <b>'),
         ("A cat_dog - 2.5%!", "canonicalize", "a cat dog 25"),
+        ("A cat_dog▁- &amp; 2.5%!", "siglip", "a catdog amp 25"),
         ("ΟΔΟΣ", "lower", "οδος"),
         ("nul\0 and \x1b[1mbell\x07", "lower", "nul and bell"),
         ("ﬁne ＡＢＣ", "lower", "fine abc"),

@@ -18,6 +18,7 @@ from tests.training.export.texts import (
     NASTY,
     SEEDED,
     byte_pairs,
+    sentencepiece,
     sentencepiece_like,
     wordpiece,
 )
@@ -127,6 +128,20 @@ def test_the_named_rules_are_open_clips(text: str) -> None:
     assert clean(text, "whitespace") == get_clean_fn("whitespace")(text)
     assert clean(text, "lower") == get_clean_fn("lower")(text)
     assert clean(text, "canonicalize") == get_clean_fn("canonicalize")(text)
+
+
+def test_siglips_tokenizer_in_python_gives_the_same_ids(tmp_path: Path) -> None:
+    """But for typed special tokens, which it takes for real."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sentencepiece(tmp_path))
+    assert getattr(tokenizer, "backend_tokenizer", None) is None
+    tokens = from_hugging_face(tokenizer, 64)
+    served = serving(tokens, tmp_path)
+    texts = [text for text in NASTY if "</s>" not in text]
+    assert served.encode(texts) == tokens.reference(texts)
+    whole = tokenizer(texts, padding="max_length", max_length=64, truncation=True).input_ids
+    assert served.pad(served.encode(texts)).tolist() == whole
 
 
 def test_a_tokenizer_that_leaves_out_tokens_at_random_is_refused() -> None:

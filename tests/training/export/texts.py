@@ -79,6 +79,28 @@ def sentencepiece_like(folder: Path) -> Path:
     return folder
 
 
+def sentencepiece(folder: Path) -> Path:
+    """A sentencepiece model as SigLIP's, as Hugging Face keeps it."""
+    import sentencepiece as library
+    from transformers import SiglipTokenizer
+
+    lines = (" ".join(text.split())[:200] for text in NASTY * 3)
+    library.SentencePieceTrainer.train(
+        sentence_iterator=(line.replace("\0", "") for line in lines if line),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=400,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    SiglipTokenizer(str(folder / "spiece.model")).save_pretrained(folder)
+    return folder
+
+
 def wordpiece(folder: Path) -> Path:
     """A tokenizer as BERT's, for CLIPA."""
     built = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))

@@ -68,6 +68,12 @@ FAMILIES: Mapping[str, _Family] = {
 """`model_type` of a config.json → what to do with it."""
 
 
+SIGLIP_TOKENS = (
+    "Texts become the tokens of transformers' own SigLIP tokenizer but for typed special tokens (</s>, "
+    "<unk>), which are text here, and some sequences of rare combining characters."
+)
+
+
 def original(rest: str, choices: Choices) -> Original:
     """An encoder of transformers.
 
@@ -118,6 +124,7 @@ def original(rest: str, choices: Choices) -> Original:
         scoring=_scoring(model) if tokenizer is not None else Scoring(),
         licence=_licence(place),
         source=_origin(place, config, random=choices.random),
+        notes=(SIGLIP_TOKENS,) if type(tokenizer).__name__ == "SiglipTokenizer" else (),
     )
 
 
