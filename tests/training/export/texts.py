@@ -58,7 +58,7 @@ ANY_TEXT = st.text(max_size=60) | st.lists(
 """Anything, and mixtures of what is known to be awkward."""
 
 SEEDED = settings(
-    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
