@@ -1,42 +1,115 @@
-"""Networks become encoder bundles: `embedserve export SOURCE --out FOLDER`."""
+"""Networks become encoder bundles: `embedserve export SOURCE --out FOLDER`.
+
+    original.py       what a source hands over: the network as PyTorch has it, and all that serving must know
+    sources/          one module for each library that networks come from
+    towers.py         pixels and token ids in, unit vectors out
+    graphs.py         PyTorch → ONNX
+    calibration.py    the images and texts that everything is measured on
+    parity.py         serving against PyTorch
+    write.py          all of it together, in a folder that appears whole or not at all
+    card.py           the model card
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from embedserve.bundle import Bundle
+from embedserve.bundle import Bundle, check_out
 from embedserve.errors import InvalidField, closest
 
-__all__ = ["SOURCES", "export"]
+if TYPE_CHECKING:
+    from training.export.calibration import Calibration
+    from training.export.original import Choices
+
+__all__ = ["RUN", "SOURCES", "STARTER", "export"]
+
+STARTER, RUN = "starter", "run"
+
+SOURCES: dict[str, str] = {
+    STARTER: "training.starter.build",
+    "open_clip": "training.export.sources.open_clip",
+    "timm": "training.export.sources.timm",
+    "torchvision": "training.export.sources.torchvision",
+    "hf": "training.export.sources.hugging_face",
+    "published": "training.export.sources.published",
+    RUN: "training.export.sources.runs",
+}
+"""What stands before the colon of a source → the module that knows it. 'starter' stands alone, and a path is a
+run or checkpoint of `embedserve train` without saying so."""
 
 
-def _starter(out: Path) -> Bundle:
-    from training.starter.build import build
-
-    return build(out)
-
-
-SOURCES: dict[str, Callable[[Path], Bundle]] = {"starter": _starter}
-"""Source name → what writes its bundle to a folder."""
-
-
-def export(source: str, out: Path) -> Bundle:
+def export(
+    source: str, out: Path, *, choices: Choices | None = None, calibration: Calibration | None = None
+) -> Bundle:
     """Writes the encoder bundle of `source` to the folder `out`, replacing a bundle that is there.
 
     Args:
-        source: A key of `SOURCES`.
+        source: 'starter', one of `SOURCES` with what it should fetch behind a colon, or the path of a run or
+            checkpoint.
         out: New, empty, or the folder of a bundle. It is replaced only once the new bundle is complete.
+        choices: What may be chosen about a source; its defaults otherwise.
+        calibration: What serving is compared with PyTorch on; a built-in set otherwise.
 
     Raises:
-        InvalidField: The source is unknown.
+        InvalidField: The source is unknown, or a choice does not suit it.
+        NotFound: There is nothing of that name.
         BundleError: `out` holds something else, or an ingredient is missing.
+        EmbedServeError: The graph departs from the network, code `departs`; weights cannot be fetched; or the
+            network cannot be written as a graph.
         ModuleNotFoundError: torch or another package of the extra `train` is not installed.
     """
-    if source not in SOURCES:
-        raise InvalidField(
-            f"'{source}' cannot be exported; {closest(source, SOURCES)}",
-            param="source",
-            code="unknown_source",
-        )
-    return SOURCES[source](Path(out))
+    out = Path(out)
+    check_out(out)  # before anything is downloaded or computed
+    scheme, rest = _parsed(source)
+    module: Any = importlib.import_module(SOURCES[scheme])
+    if scheme == STARTER:
+        bundle: Bundle = module.build(out)
+        return bundle
+    from training.export.calibration import built_in
+    from training.export.original import Choices
+    from training.export.write import write
+
+    original = module.original(rest, choices or Choices())
+    return write(original, out, calibration=calibration or built_in(), command=f"embedserve export {source}")
+
+
+def _parsed(source: str) -> tuple[str, str]:
+    """Which of `SOURCES`, and what it should fetch."""
+    if source == STARTER:
+        return STARTER, ""
+    scheme, colon, rest = source.partition(":")
+    if colon and scheme in SOURCES and scheme != STARTER:
+        if not rest:
+            raise _unknown(f"'{source}' does not say what to export; it goes on behind the colon, as in {_form(scheme)}.")
+        return scheme, rest
+    path = Path(source).expanduser()
+    if path.exists():
+        if (path / "model.safetensors").exists() or (path / "pytorch_model.bin").exists():
+            raise _unknown(f"'{source}' is a folder of Hugging Face; export it as 'hf:{source}'.")
+        return RUN, str(path)
+    if colon:
+        raise _unknown(f"There is no kind of source '{scheme}'; {closest(scheme, SOURCES)}")
+    near = closest(source, SOURCES)
+    raise _unknown(
+        f"'{source}' cannot be exported: there is no such file or folder, and no such source; {near}"
+    )
+
+
+EXAMPLES = {
+    "open_clip": "open_clip:ViT-B-32/laion2b_s34b_b79k",
+    "timm": "timm:vit_small_patch14_dinov2.lvd142m",
+    "torchvision": "torchvision:resnet50/IMAGENET1K_V2",
+    "hf": "hf:facebook/dinov2-small",
+    "published": "published:moco_v2/resnet50-800ep",
+    RUN: "run:runs/first",
+}
+
+
+def _form(scheme: str) -> str:
+    return f"'{EXAMPLES[scheme]}'"
+
+
+def _unknown(message: str) -> InvalidField:
+    return InvalidField(message, param="source", code="unknown_source")

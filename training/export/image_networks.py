@@ -6,13 +6,20 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from training.backbones import Backbone
+
 __all__ = [
+    "BackboneAttention",
+    "BackboneMean",
+    "BackbonePatches",
     "HuggingFaceAttention",
     "HuggingFacePatches",
     "HuggingFacePooled",
+    "MapCells",
     "OpenClipAttention",
     "OpenClipPatches",
     "TimmPatches",
+    "TimmPooled",
     "open_clip_parts",
 ]
 
@@ -149,3 +156,67 @@ def _prefix(model: nn.Module) -> int:
     """Tokens before the patches."""
     config = cast(Any, model).config
     return 0 if config.model_type == "siglip" else 1 + getattr(config, "num_register_tokens", 0)
+
+
+class TimmPooled(nn.Module):
+    """The class token, or the mean of the patches, of a timm vision transformer behind its last norms."""
+
+    def __init__(self, trunk: nn.Module, kind: Literal["class", "mean"]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.kind = kind
+        self.prefix = cast(int, trunk.num_prefix_tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = cast(Any, self.trunk).forward_features(images)
+        pooled = tokens[:, 0] if self.kind == "class" else tokens[:, self.prefix :].mean(dim=1)
+        return cast(Tensor, cast(Any, self.trunk).fc_norm(pooled))
+
+
+class MapCells(nn.Module):
+    """The last feature map of one of timm's convolutional networks, cell after cell."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _cells(cast(Any, self.network).forward_features(images))
+
+
+class BackbonePatches(nn.Module):
+    """The patch map of one of our backbones, patch after patch."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _cells(self.backbone.features(images)[1])
+
+
+class BackboneMean(nn.Module):
+    """The mean of a backbone's patches, [batch, patch_dim]."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.features(images)[1].mean((2, 3))
+
+
+class BackboneAttention(nn.Module):
+    """What the class token of one of our vision transformers attends to in the last block."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.attention(images).flatten(2)
+
+
+def _cells(features: Tensor) -> Tensor:
+    """[batch, channels, h, w] → [batch, h · w, channels]"""
+    return features.flatten(2).transpose(1, 2)

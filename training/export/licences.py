@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["licence_of", "stated_in"]
+__all__ = ["licence_of", "spdx", "stated_in"]
 
 LICENCES: Mapping[str, str] = {
     "openai/clip-": "MIT",
@@ -56,9 +56,13 @@ def stated_in(folder: Path) -> str | None:
             break
         key, _, value = line.partition(":")
         if key == "license" and value.strip():
-            name = value.strip().strip("'\"")
-            return next((spdx for spdx in LICENCES.values() if spdx.lower() == name.lower()), name)
+            return spdx(value.strip().strip("'\""))
     return None
+
+
+def spdx(name: str) -> str:
+    """A licence's name in SPDX's spelling, where it is one of those that are known here."""
+    return next((known for known in LICENCES.values() if known.lower() == name.lower()), name)
 
 
 def _is_open_clips(repository: str) -> bool:

@@ -34,6 +34,8 @@ class Choices:
     """A run's projection head as well; its vectors are those that the loss compared."""
     pooling: Literal["auto", "class", "mean"] = "auto"
     """Of a vision transformer: the class token, or the mean of its patches. auto: as it was trained."""
+    size: int | None = None
+    """Pixels of a side, for networks that take several; None: as the weights were trained or evaluated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,8 +33,9 @@ from embedserve.bundle import (
     seal,
 )
 from embedserve.encoder import Encoder
+from training.export.graphs import export_graph
 from training.starter import sources, visual
-from training.starter.compact import Store, export_graph, store_weights
+from training.starter.compact import Store, store_weights
 from training.starter.towers import PAD, SEMANTIC, SIZE, VISUAL, ImageNetwork, TextNetwork, class_table
 
 __all__ = ["BEST", "LOGIT_SCALE", "LOOKS", "SHARPNESS", "Networks", "build", "networks"]
@@ -166,11 +167,11 @@ def graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
 
 def full_graphs(joined: Networks) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The two graphs with float32 weights."""
-    output = ("batch", DIM)
+    outputs = {"embedding": ("batch", DIM)}
     pixels = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8)
-    image = export_graph(joined.image, pixels, "pixels", {0: ("batch", 4096)}, output)
+    image = export_graph(joined.image, pixels, "pixels", {0: ("batch", 4096)}, outputs)
     axes = {0: ("batch", 4096), 1: ("length", sources.CONTEXT_LENGTH)}
-    text = export_graph(joined.text, torch.ones(2, 8, dtype=torch.int64), "tokens", axes, output)
+    text = export_graph(joined.text, torch.ones(2, 8, dtype=torch.int64), "tokens", axes, outputs)
     return image, text
 
 

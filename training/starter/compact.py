@@ -9,20 +9,15 @@ one scale for a whole batch of activations, and saturates on processors without 
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from torch import Tensor, nn
 
-__all__ = ["Store", "export_graph", "store_weights"]
+__all__ = ["Store", "store_weights"]
 
 Store = Literal["float16", "int8 rows", "int8 blocks"]
 """int8 rows has one scale for each row (an embedding table); int8 blocks one for every `BLOCK` numbers of a
@@ -31,43 +26,8 @@ MiniLM: a few of its channels are far larger than the others; the empty text fel
 
 BLOCK = 64
 
-OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 SMALL = 4096
 """Weights with fewer numbers stay float32: their bytes do not count, their precision does."""
-
-
-def export_graph(
-    network: nn.Module,
-    example: Tensor,
-    name: str,
-    axes: Mapping[int, tuple[str, int]],
-    shape: tuple[int | str, ...],
-) -> onnx.ModelProto:
-    """`network` as an ONNX graph: one input `name`, one output `embedding`, no traces of this machine.
-
-    Args:
-        network: Takes one tensor, returns one tensor [batch, dim].
-        example: An input; its sizes along `axes` must be above 1, since 1 would be taken for a constant.
-        name: The input's name.
-        axes: Which dimensions of the input are free: their names and largest sizes.
-        shape: The output's shape, for the reader of the graph.
-    """
-    free = {index: torch.export.Dim(axis, min=1, max=longest) for index, (axis, longest) in axes.items()}
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            network.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=["unit"],  # "embedding" is what the exporter itself calls a lookup's result
-            dynamic_shapes=(free,),
-            optimize=True,
-            verbose=False,
-        )
-    if program is None:  # only when it writes to a file itself
-        raise RuntimeError("torch.onnx.export returned no program")
-    return _anonymous(program.model_proto, shape)
 
 
 def store_weights(
@@ -151,43 +111,3 @@ def _gather_then_restore(gather: onnx.NodeProto, stored: Sequence[str]) -> list[
         for table, name in zip(stored, names, strict=True)
     ]
     return [*gathers, *_restore(result, names)]
-
-
-def _anonymous(model: onnx.ModelProto, shape: tuple[int | str, ...]) -> onnx.ModelProto:
-    """Drops what the exporter notes about its own run: stack traces with file names, scopes, shapes."""
-    graph = model.graph
-    graph.name, graph.doc_string = "embedserve", ""
-    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
-    for node in graph.node:
-        node.doc_string, node.name = "", ""
-        del node.metadata_props[:]
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        value.doc_string = ""
-        del value.metadata_props[:]
-    # Values are numbered through: the exporter's names are long, and its own choice from version to version.
-    names = {graph.output[0].name: "embedding"}
-    for weight in graph.initializer:
-        if weight.name == "embedding":  # a lookup of constants, folded
-            names[weight.name] = weight.name = "embedding.folded"
-    for node in graph.node:
-        for value in node.output:
-            names.setdefault(value, f"x{len(names)}")
-        node.input[:] = [names.get(value, value) for value in node.input]
-        node.output[:] = [names[value] for value in node.output]
-    graph.output[0].CopyFrom(helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, shape))
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter logs its progress and warns about its own internals; neither is the user's concern."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.export.towers import unit
+
 __all__ = ["SEMANTIC", "VISUAL", "ImageNetwork", "TextNetwork", "class_table"]
 
 SEMANTIC, VISUAL = 384, 256
 SIZE = 224
 PAD = 0
-LEAST_LENGTH = 1e-6
-"""Below this a vector counts as zero and stays zero, instead of becoming noise or NaN."""
 
 
 class ImageNetwork(nn.Module):
@@ -57,13 +57,13 @@ class ImageNetwork(nn.Module):
     def join(self, pooled: Tensor, logits: Tensor) -> Tensor:
         """The vector from features and logits."""
         best, index = torch.topk(logits * self.sharpness, self.best, dim=1)
-        # A softmax over the best ten is the softmax over all, cut to ten, up to a factor that _unit removes.
+        # A softmax over the best ten is the softmax over all, cut to ten, up to a factor that `unit` removes.
         weight = torch.softmax(best, dim=1)
         semantic = torch.matmul(weight[:, None, :], F.embedding(index, self.classes))[:, 0]
         # Square roots tame the few features that would otherwise decide alone (Hellinger's kernel).
         visual = torch.matmul(torch.sqrt(pooled) - self.mean, self.basis)
         share = self.looks
-        return torch.cat([(1 - share) ** 0.5 * _unit(semantic), share**0.5 * _unit(visual)], dim=1)
+        return torch.cat([(1 - share) ** 0.5 * unit(semantic), share**0.5 * unit(visual)], dim=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.join(*self.features(pixels))
@@ -98,7 +98,7 @@ class TextNetwork(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, hidden_from)
         pooled = torch.matmul(real[:, None, :], hidden)[:, 0]  # the mean, up to a factor
-        return F.pad(_unit(pooled), (0, VISUAL))
+        return F.pad(unit(pooled), (0, VISUAL))
 
 
 class _Layer(nn.Module):
@@ -145,13 +145,9 @@ def class_table(
     names = embed([name for words, _ in descriptions for name in words])
     counts = torch.tensor([len(words) for words, _ in descriptions])
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    means = _unit(torch.zeros(len(counts), names.shape[1]).index_add(0, owner, names))
-    table = _unit(means + embed([definition for _, definition in descriptions]))
-    return _unit(table - table.mean(dim=0))
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.square().sum(dim=1, keepdim=True).sqrt().clamp_min(LEAST_LENGTH)
+    means = unit(torch.zeros(len(counts), names.shape[1]).index_add(0, owner, names))
+    table = unit(means + embed([definition for _, definition in descriptions]))
+    return unit(table - table.mean(dim=0))
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
