@@ -1,13 +1,13 @@
 """Networks become encoder bundles: `embedserve export SOURCE --out FOLDER`.
 
-    original.py       what a source hands over: the network as PyTorch has it, and all that serving must know
-    sources/          one module for each library that networks come from
-    towers.py         pixels and token ids in, unit vectors out
-    graphs.py         PyTorch → ONNX
-    calibration.py    the images and texts that everything is measured on
-    parity.py         serving against PyTorch
-    write.py          all of it together, in a folder that appears whole or not at all
-    card.py           the model card
+original.py       what a source hands over: the network as PyTorch has it, and all that serving must know
+sources/          one module for each library that networks come from
+towers.py         pixels and token ids in, unit vectors out
+graphs.py         PyTorch → ONNX
+calibration.py    the images and texts that everything is measured on
+parity.py         serving against PyTorch
+write.py          all of it together, in a folder that appears whole or not at all
+card.py           the model card
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SOURCES: dict[str, str] = {
     "published": "training.export.sources.published",
     RUN: "training.export.sources.runs",
 }
-"""What stands before the colon of a source → the module that knows it. 'starter' stands alone, and a path is a
-run or checkpoint of `embedserve train` without saying so."""
+"""What stands before the colon of a source → the module that knows it. 'starter' stands alone, and a path
+is a run or checkpoint of `embedserve train` without saying so."""
 
 
 def export(
@@ -82,7 +82,9 @@ def _parsed(source: str) -> tuple[str, str]:
     scheme, colon, rest = source.partition(":")
     if colon and scheme in SOURCES and scheme != STARTER:
         if not rest:
-            raise _unknown(f"'{source}' does not say what to export; it goes on behind the colon, as in {_form(scheme)}.")
+            raise _unknown(
+                f"'{source}' does not say what to export; it goes on behind the colon, as in {_form(scheme)}."
+            )
         return scheme, rest
     path = Path(source).expanduser()
     if path.exists():
@@ -91,10 +93,7 @@ def _parsed(source: str) -> tuple[str, str]:
         return RUN, str(path)
     if colon:
         raise _unknown(f"There is no kind of source '{scheme}'; {closest(scheme, SOURCES)}")
-    near = closest(source, SOURCES)
-    raise _unknown(
-        f"'{source}' cannot be exported: there is no such file or folder, and no such source; {near}"
-    )
+    raise _unknown(f"'{source}' cannot be exported; {closest(source, SOURCES)} A path has to exist.")
 
 
 EXAMPLES = {

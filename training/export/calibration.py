@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import random
@@ -44,6 +45,7 @@ class Calibration:
     """For the model card: 'built in', or how many of which folder."""
 
 
+@functools.cache
 def built_in(images: int = 48, texts: int = 48) -> Calibration:
     """Pictures and texts that differ as much as code can make them differ, the same ones every time.
 
@@ -109,6 +111,10 @@ def drawing(draw: random.Random, width: int, height: int) -> Image.Image:
     return picture
 
 
+MOST_WAVES = 768
+"""Pixels of a side of the largest Fourier transform; larger pictures are enlarged."""
+
+
 def _colour(draw: random.Random) -> RGB:
     return draw.randrange(256), draw.randrange(256), draw.randrange(256)
 
@@ -119,7 +125,11 @@ def _noise(draw: random.Random, width: int, height: int) -> Image.Image:
 
 
 def _clouds(draw: random.Random, width: int, height: int, slope: float = 1.0) -> Image.Image:
-    """Noise whose amplitudes fall as 1 ÷ frequency, as those of photographs do, in two colours and their mixes."""
+    """Noise whose amplitudes fall as 1 ÷ frequency, as those of photographs do."""
+    if max(width, height) > MOST_WAVES:
+        scale = MOST_WAVES / max(width, height)
+        small = _clouds(draw, max(1, round(width * scale)), max(1, round(height * scale)), slope)
+        return small.resize((width, height), Image.Resampling.BICUBIC)
     generator = np.random.default_rng(draw.randrange(2**32))
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
     frequency = np.maximum(np.hypot(down, across), 1 / max(width, height))
@@ -246,7 +256,16 @@ TEXTS = (
     "a watercolour of three sailing boats in a harbour under a cloudy sky, seen from the pier",
 )
 
-SUBJECTS = ("dog", "lighthouse", "bowl of soup", "bicycle", "red fox", "old tram", "child's drawing", "teapot")
+SUBJECTS = (
+    "dog",
+    "lighthouse",
+    "bowl of soup",
+    "bicycle",
+    "red fox",
+    "old tram",
+    "child's drawing",
+    "teapot",
+)
 PLACES = ("on a beach", "in the snow", "under a bridge", "at night", "beside a window", "in a crowded market")
 MANNERS = ("a photo of a", "a blurry photo of the", "a sketch of a", "close-up:", "two images of one")
 

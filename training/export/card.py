@@ -29,10 +29,20 @@ def card(description: Description, original: Original, command: str) -> str:
         lines += [_scoring(description)]
     if description.dims:
         lengths = ", ".join(map(str, description.dims))
-        lines += [f"- The first {lengths} numbers work on their own once rescaled to unit length (Matryoshka)."]
+        lines += [
+            f"- The first {lengths} numbers work on their own once rescaled to unit length (Matryoshka)."
+        ]
     lines += ["", *(f"- {note}" for note in original.notes)] if original.notes else []
     lines += ["", *_agreement(description.parity)]
-    lines += ["", "## Try it", "", "```", "embedserve check FOLDER", "embedserve serve --encoder FOLDER", "```"]
+    lines += [
+        "",
+        "## Try it",
+        "",
+        "```",
+        "embedserve check FOLDER",
+        "embedserve serve --encoder FOLDER",
+        "```",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +108,9 @@ def _agreement(parity: Mapping[str, Any]) -> list[str]:
         )
     image, text = parity.get("image", {}), parity.get("text", {})
     if "worst_pixel" in image:
-        notes.append(f"- Preprocessing: no channel of a pixel differs by more than {image['worst_pixel']} of 255.")
+        notes.append(
+            f"- Preprocessing: no channel of a pixel differs by more than {image['worst_pixel']} of 255."
+        )
     if "large_jpegs" in image:
         large = image["large_jpegs"]
         notes.append(
@@ -106,7 +118,9 @@ def _agreement(parity: Mapping[str, Any]) -> list[str]:
             f"({large['n']} of them, not in the table)."
         )
     if text.get("tokens_compared"):
-        notes.append(f"- Tokens: {text['tokens_equal']} of {text['tokens_compared']} texts equal the library's.")
+        notes.append(
+            f"- Tokens: {text['tokens_equal']} of {text['tokens_compared']} texts equal the library's."
+        )
     if "lengths" in text:
         lengths = text["lengths"]
         notes.append(

@@ -23,8 +23,8 @@ OPSET = 20
 """The first with Gelu; ONNX Runtime 1.17 and later."""
 
 LARGEST_FILE = 1_800_000_000
-"""Bytes of weights up to which they lie inside the ONNX file: protobuf ends at 2 GB, and the graph itself needs
-room as well. Above it they lie beside, in a file of the same name with `.data` behind it."""
+"""Bytes of weights up to which they lie inside the ONNX file: protobuf ends at 2 GB, and the graph itself
+needs room as well. Above it they lie beside, in a file of the same name with `.data` behind it."""
 
 Shape = Sequence[int | str]
 
@@ -48,7 +48,7 @@ def export_graph(
     Raises:
         EmbedServeError: torch cannot express the network as a graph.
     """
-    model = _program(network, example, name, axes, len(outputs)).model_proto
+    model: onnx.ModelProto = _program(network, example, name, axes, len(outputs)).model_proto
     _anonymize(model, outputs)
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -58,13 +58,13 @@ def write_graph(
     path: Path,
     network: nn.Module,
     example: Tensor,
+    *,
     name: str,
     axes: Mapping[int, tuple[str, int]],
     outputs: Mapping[str, Shape],
-    *,
     largest: int = LARGEST_FILE,
 ) -> None:
-    """Writes what `export_graph` gives to `path`; weights of more than `largest` bytes go to a file beside it.
+    """Writes what `export_graph` gives; weights of more than `largest` bytes go to a file beside `path`.
 
     Raises: as `export_graph`.
     """
@@ -105,11 +105,13 @@ def _program(
             )
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        reason = next(
+            (line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__
+        )
         raise EmbedServeError(
             f"torch cannot write this network as an ONNX graph with inputs of any size along "
-            f"{', '.join(axis for axis, _ in axes.values())} ({reason[:300]}). Another architecture may work; "
-            "code of one's own must not branch on the values of its inputs.",
+            f"{', '.join(axis for axis, _ in axes.values())} ({reason[:300]}). Another architecture may "
+            "work; code of one's own must not branch on the values of its inputs.",
             code="not_exportable",
         ) from error
     if program is None:  # only when it writes to a file itself
@@ -139,7 +141,7 @@ def _anonymize(model: onnx.ModelProto, outputs: Mapping[str, Shape]) -> None:
 
 
 def _number_values(graph: onnx.GraphProto, names: dict[str, str]) -> None:
-    """Values are numbered through: the exporter's names are long, and its own choice from version to version."""
+    """Values are numbered through: the exporter's names are long, and change with its version."""
     names[""] = ""  # an input or output that is left out
     numbers = itertools.count(1)
     for node in graph.node:

@@ -7,9 +7,8 @@ preprocessing and tokenizer before the untouched network, on every picture and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ __all__ = ["LEAST_COSINE", "MOST_OF_SPREAD", "Departed", "measure", "require", "
 Vectors = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Figures = dict[str, Any]
+Tower = Literal["image", "text"]
 
 LEAST_COSINE = 0.9999
 """Of any vector to PyTorch's, in float32."""
@@ -87,7 +87,7 @@ def require(figures: Mapping[str, Any], *, least: float = LEAST_COSINE) -> None:
             if found["tokens_equal"] < found["tokens_compared"]:
                 raise Departed(
                     f"The export is refused: {found['tokens_compared'] - found['tokens_equal']} of "
-                    f"{found['tokens_compared']} texts become other tokens than the library's tokenizer gives, "
+                    f"{found['tokens_compared']} texts have other tokens than with the library's tokenizer, "
                     f"the first is {found['other_tokens']!r}. The tokenizer departs."
                 )
             _require(tower, "graph", "at some length", found["lengths"], least)
@@ -105,8 +105,8 @@ def _require(tower: str, part: str, where: str, found: Mapping[str, Any], least:
         )
     if share is not None and not share <= MOST_OF_SPREAD:
         raise Departed(
-            f"The export is refused: {where} a {tower} vector is {share:.3f} of the distance between different "
-            f"inputs away from PyTorch's{of}; {MOST_OF_SPREAD} is allowed. The {part} departs."
+            f"The export is refused: {where} a {tower} vector is {share:.3f} of the distance between "
+            f"different inputs away from PyTorch's{of}; {MOST_OF_SPREAD} is allowed. The {part} departs."
         )
 
 
@@ -147,7 +147,7 @@ def _images(
         with torch.no_grad():
             theirs.append(unit(original.network(torch.stack(inputs))).numpy())
     expected = np.concatenate(theirs)
-    found = _embedded(encoder.embed_images, served)
+    found = _embedded(encoder, "image", served)
     names = [one.name for one in pictures]
     whole_ones = np.setdiff1d(np.arange(len(pictures)), shrunk)
     figures = _agreement(found[whole_ones], expected[whole_ones], [names[row] for row in whole_ones])
@@ -186,12 +186,12 @@ def _image_batches(encoder: Encoder, served: Sequence[Pixels]) -> Figures:
     most = encoder.images_per_run
     try:
         encoder.images_per_run = 1
-        alone = _embedded(encoder.embed_images, _cycled(served, max(BATCHES)))
+        alone = _embedded(encoder, "image", _cycled(served, max(BATCHES)))
         figures = {}
         for size in BATCHES[1:]:
             encoder.images_per_run = size
             some = _cycled(served, size)
-            figures[str(size)] = _agreement(_embedded(encoder.embed_images, some), alone[:size])
+            figures[str(size)] = _agreement(_embedded(encoder, "image", some), alone[:size])
     finally:
         encoder.images_per_run = most
     return figures
@@ -217,7 +217,7 @@ def _texts(
     encoder: Encoder, original: OriginalTexts, texts: Sequence[str]
 ) -> tuple[Figures, tuple[Vectors, Vectors]]:
     tokens = encoder.tokenize(texts)
-    found = _embedded(encoder.embed_texts, tokens)
+    found = _embedded(encoder, "text", tokens)
     names = [text[:60] for text in texts]
     by_tokens = torch_texts(original, tokens)
     if original.reference_vectors is not None:
@@ -249,10 +249,10 @@ def _text_batches(encoder: Encoder, tokens: Sequence[Sequence[int]]) -> Figures:
     most = encoder.tokens_per_run
     try:
         encoder.tokens_per_run = 1
-        alone = _embedded(encoder.embed_texts, _cycled(tokens, max(BATCHES)))
+        alone = _embedded(encoder, "text", _cycled(tokens, max(BATCHES)))
         encoder.tokens_per_run = max(BATCHES) * encoder.tokenizer.context
         return {
-            str(size): _agreement(_embedded(encoder.embed_texts, _cycled(tokens, size)), alone[:size])
+            str(size): _agreement(_embedded(encoder, "text", _cycled(tokens, size)), alone[:size])
             for size in BATCHES[1:]
         }
     finally:
@@ -266,7 +266,7 @@ def _lengths(encoder: Encoder, original: OriginalTexts, tokens: Sequence[Sequenc
     if len(longest) > 1:
         lengths = sorted({*lengths, len(longest) - 1})
     rows = [[*longest[: length - 1], longest[-1]] for length in lengths]
-    found = np.concatenate([_embedded(encoder.embed_texts, [row]) for row in rows])
+    found = np.concatenate([_embedded(encoder, "text", [row]) for row in rows])
     figures = _agreement(found, torch_texts(original, rows), [f"{length} tokens" for length in lengths])
     return figures | {"shortest": lengths[0], "longest": lengths[-1]}
 
@@ -332,9 +332,7 @@ def _overlap(found: Vectors, expected: Vectors) -> float:
     if count < 1:
         return 1.0
     ours, theirs = (_nearest(vectors, count) for vectors in (found, expected))
-    return round(
-        float(np.mean([len(a & b) / count for a, b in zip(ours, theirs, strict=True)])), 4
-    )
+    return round(float(np.mean([len(a & b) / count for a, b in zip(ours, theirs, strict=True)])), 4)
 
 
 def _nearest(vectors: Vectors, count: int) -> list[set[int]]:
@@ -343,16 +341,16 @@ def _nearest(vectors: Vectors, count: int) -> list[set[int]]:
     return [set(row.tolist()) for row in np.argsort(-cosines, axis=1, kind="stable")[:, :count]]
 
 
-def _embedded(embed: Callable[[Sequence[Any]], Vectors], inputs: Sequence[Any]) -> Vectors:
-    """Vectors of inputs, zeros for those in which the encoder finds nothing, as its network would give them."""
+def _embedded(encoder: Encoder, tower: Tower, inputs: Sequence[Any]) -> Vectors:
+    """Vectors of inputs; zeros for those in which the encoder finds nothing, as its network gives."""
     try:
-        return embed(inputs)
+        return encoder.embed_images(inputs) if tower == "image" else encoder.embed_texts(inputs)
     except InvalidField as error:
         if error.code != "no_direction":
             raise
         if len(inputs) == 1:
-            return np.zeros((1, embed.__self__.dim), np.float32)  # type: ignore[attr-defined]
-    return np.concatenate([_embedded(embed, [one]) for one in inputs])
+            return np.zeros((1, encoder.dim), np.float32)
+    return np.concatenate([_embedded(encoder, tower, [one]) for one in inputs])
 
 
 def _cycled(inputs: Sequence[Any], count: int) -> list[Any]:

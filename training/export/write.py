@@ -103,7 +103,8 @@ def _write_images(path: Path, images: OriginalImages, dim: int) -> ImageOutputs 
     pixels = torch.zeros(2, spec.height, spec.width, 3, dtype=torch.uint8)
     outputs: dict[str, Sequence[int | str]] = {"embedding": ("batch", dim)}
     outputs |= {name: ("batch", *shape) for name, shape in shapes.items()}
-    write_graph(path, network, pixels, "pixels", {0: ("batch", MOST_AT_ONCE)}, outputs)
+    free = {0: ("batch", MOST_AT_ONCE)}
+    write_graph(path, network, pixels, name="pixels", axes=free, outputs=outputs)
     if grid is None:
         return None
     return ImageOutputs(
@@ -122,7 +123,7 @@ def _shapes(networks: dict[str, nn.Module], height: int, width: int) -> dict[str
 
 
 def _grid(shapes: dict[str, tuple[int, int]], height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of cells that are as wide as high; None where there are none, or they do not fill it."""
+    """Rows and columns of square cells; None where there are none, or they do not fill the image."""
     cells = {shape[0] if name == "patches" else shape[1] for name, shape in shapes.items()}
     if len(cells) != 1:
         return None
@@ -137,7 +138,5 @@ def _write_texts(path: Path, texts: OriginalTexts, dim: int) -> None:
     if texts.padding == "longest":
         free[1] = ("length", texts.context_length)
         length = min(8, texts.context_length)
-    tokens = torch.ones(2, length, dtype=torch.int64)
-    write_graph(
-        path, TextGraph(texts.network), tokens, "tokens", free, {"embedding": ("batch", dim)}
-    )
+    network, tokens = TextGraph(texts.network), torch.ones(2, length, dtype=torch.int64)
+    write_graph(path, network, tokens, name="tokens", axes=free, outputs={"embedding": ("batch", dim)})

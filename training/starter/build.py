@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -33,6 +31,7 @@ from embedserve.bundle import (
     seal,
 )
 from embedserve.encoder import Encoder
+from training.export.calibration import PROBE_TEXT, drawing, probe_png
 from training.export.graphs import export_graph
 from training.starter import sources, visual
 from training.starter.compact import Store, store_weights
@@ -50,7 +49,6 @@ DIM = SEMANTIC + VISUAL
 MEASURED = Path(__file__).parent / "measured.json"
 """Quality, as `benchmarks/starter_quality.py --record` wrote it down."""
 LICENCE = "Apache-2.0"
-PROBE_TEXT = "a red circle beside a blue square"
 
 HARD_TEXTS = (
     "",
@@ -153,7 +151,7 @@ def build(out: Path) -> Bundle:
             source=", ".join(f"{name} {version}" for name, version in sources.versions().items()),
         )
         seal(folder, description)
-        probe = Encoder.load(folder).make_probe(_probe_png(), PROBE_TEXT)
+        probe = Encoder.load(folder).make_probe(probe_png(), PROBE_TEXT)
         seal(folder, description.model_copy(update={"probe": _with_least(probe)}))
     Encoder.load(out).prove()
     return open_bundle(out)
@@ -234,37 +232,7 @@ def _texts(count: int) -> list[str]:
 def _drawings(count: int) -> NDArray[np.uint8]:
     """Pictures of shapes, ramps and noise, uint8 [count, 224, 224, 3]; the same ones every time."""
     draw = random.Random(0)  # noqa: S311
-    return np.stack([np.asarray(_drawing(draw, SIZE)) for _ in range(count)])
-
-
-def _drawing(draw: random.Random, size: int) -> Image.Image:
-    def colour() -> tuple[int, int, int]:
-        return draw.randrange(256), draw.randrange(256), draw.randrange(256)
-
-    picture = Image.new("RGB", (size, size), colour())
-    if draw.random() < 0.5:
-        ramp = Image.linear_gradient("L").resize((size, size)).rotate(draw.randrange(360))
-        picture = Image.composite(picture, Image.new("RGB", (size, size), colour()), ramp)
-    pen = ImageDraw.Draw(picture)
-    shapes: list[Callable[..., None]] = [pen.ellipse, pen.rectangle, pen.line]
-    for _ in range(draw.randrange(1, 9)):
-        xs, ys = (sorted(draw.randrange(size) for _ in range(2)) for _ in range(2))
-        draw.choice(shapes)([xs[0], ys[0], xs[1], ys[1]], fill=colour())
-    if draw.random() < 0.3:
-        noise = np.frombuffer(draw.randbytes(size * size * 3), np.uint8).reshape(size, size, 3)
-        picture = Image.blend(picture, Image.fromarray(noise), 0.3)
-    return picture
-
-
-def _probe_png() -> bytes:
-    """A red circle beside a blue square, 64 pixels wide."""
-    picture = Image.new("RGB", (64, 48), (255, 255, 255))
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse([4, 12, 28, 36], fill=(210, 30, 30))
-    pen.rectangle([36, 12, 60, 36], fill=(30, 60, 200))
-    stream = BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
+    return np.stack([np.asarray(drawing(draw, SIZE, SIZE)) for _ in range(count)])
 
 
 def _with_least(probe: Probe) -> Probe:

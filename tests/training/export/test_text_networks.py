@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from training import torchvision_ops
+from training.export.graphs import export_graph
 from training.export.original import ready
 from training.export.text_networks import First, open_clip_text
-from training.starter.compact import export_graph
 
 torchvision_ops.register()
 
@@ -140,7 +140,7 @@ def test_a_clip_that_sees_its_padding_keeps_it() -> None:
 def test_the_graph_takes_any_batch_and_length(name: str) -> None:
     network, _ = open_clip_text(built(name))
     axes = {0: ("batch", 1024), 1: ("length", CONTEXT)}
-    graph = export_graph(network, texts(3, 5)[:, :5], "text", axes, ("batch", 32))
+    graph = export_graph(network, texts(3, 5)[:, :5], "text", axes, {"embedding": ("batch", 32)})
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     generator = torch.Generator().manual_seed(0)
     for batch in (1, 2, 17):
@@ -219,7 +219,7 @@ def test_masked_padding_changes_nothing(kind: str, pooler: str) -> None:
 def test_the_graph_of_a_masked_tower_takes_any_batch_and_length() -> None:
     network, _ = open_clip_text(hugging_face("roberta", "mean_pooler"))
     axes = {0: ("batch", 1024), 1: ("length", CONTEXT)}
-    graph = export_graph(network, texts(3, 5)[:, :5], "text", axes, ("batch", 32))
+    graph = export_graph(network, texts(3, 5)[:, :5], "text", axes, {"embedding": ("batch", 32)})
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     for longest in range(2, CONTEXT + 1):
         rows = texts(4, longest, seed=longest)[:, :longest]

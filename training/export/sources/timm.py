@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from training.export.original import Choices, Original, OriginalImages, ready
 torchvision_ops.register()
 
 import timm  # noqa: E402 -- imports torchvision
-from timm.data import create_transform, resolve_data_config  # noqa: E402
+import timm.data  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer  # noqa: E402
 
 __all__ = ["original"]
@@ -55,7 +55,7 @@ def original(rest: str, choices: Choices) -> Original:
     """
     _check_name(rest)
     network = _network(rest, choices)
-    config = resolve_data_config(_given_size(choices), pretrained_cfg=network.pretrained_cfg)
+    config = _data_config(network, choices)
     preprocessing = _preprocessing(rest, config)
     pooled = _pooled(rest, network, choices.pooling)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def original(rest: str, choices: Choices) -> Original:
             preprocessing=preprocessing,
             mean=config["mean"],
             std=config["std"],
-            reference=create_transform(**config, is_training=False),
+            reference=timm.data.create_transform(**config, is_training=False),
             patches=patches,
             attention=attention,
         ),
@@ -125,13 +125,14 @@ def _network(name: str, choices: Choices) -> Any:
 
 def _build(name: str, options: Mapping[str, Any], **pretrained: Any) -> nn.Module:
     try:
-        return cast(nn.Module, timm.create_model(name, **options, **pretrained))
+        network: nn.Module = timm.create_model(name, **options, **pretrained)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InvalidField(
             f"'timm:{name}' cannot be built so ({_short(error)}); leave --size and --weights out, or choose "
             "others.",
             param="source",
         ) from error
+    return network
 
 
 def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
@@ -149,14 +150,16 @@ def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
     if random:
         raise InvalidField(
             f"'{path}' lacks {len(random)} tensors of '{name}' ({', '.join(random[:3])}"
-            f"{', …' if len(random) > 3 else ''}); give the weights of that architecture, under timm's names.",
+            f"{', …' if len(random) > 3 else ''}); give weights of that architecture, under timm's names.",
             param="weights",
         )
     return loaded[0]
 
 
-def _given_size(choices: Choices) -> dict[str, Any]:
-    return {} if choices.size is None else {"input_size": (3, choices.size, choices.size)}
+def _data_config(network: Any, choices: Choices) -> dict[str, Any]:
+    resolve: Any = timm.data.resolve_data_config
+    chosen = {} if choices.size is None else {"input_size": (3, choices.size, choices.size)}
+    return dict(resolve(chosen, pretrained_cfg=network.pretrained_cfg))
 
 
 def _preprocessing(name: str, config: Mapping[str, Any]) -> Preprocessing:
