@@ -20,9 +20,9 @@ from embedserve.errors import EmbedServeError, InvalidField, NotFound
 from embedserve.preprocess import preprocess
 from embedserve.tokenizer import Tokenizer
 from tests.training.export.texts import NASTY, byte_pairs, sentencepiece_like
+from training.export.graphs import export_graph
 from training.export.original import Choices, Original, OriginalImages
 from training.export.sources.hugging_face import original
-from training.starter.compact import export_graph
 
 import transformers  # isort: skip -- after the source, which prepares torchvision
 
@@ -238,7 +238,9 @@ def test_the_graph_of_clips_texts_takes_any_batch_and_length(originals: dict[str
     assert texts is not None
     generator = torch.Generator().manual_seed(0)
     axes = {0: ("batch", 1024), 1: ("length", 77)}
-    graph = export_graph(texts.network, torch.ones(2, 5, dtype=torch.int64), "text", axes, ("batch", 24))
+    graph = export_graph(
+        texts.network, torch.ones(2, 5, dtype=torch.int64), "text", axes, {"embedding": ("batch", 24)}
+    )
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     for count in (1, 2, 17):
         for length in (1, 2, 5, 40, 77):

@@ -18,18 +18,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from embedserve.bundle import Description, ImageTower, TextTower, seal
 from embedserve.classify import Classifier
 from embedserve.config import ServeConfig
 from embedserve.encoder import Encoder
 from embedserve.towers import Towers
 from tests.training.export.texts import sentencepiece_like
-from training.export.original import Choices, Original
+from training.export.calibration import built_in
+from training.export.original import Choices
 from training.export.sources.open_clip import original
-from training.starter.compact import export_graph
+from training.export.write import write
 
 import open_clip  # isort: skip -- after the source, which prepares torchvision
 import timm  # isort: skip
@@ -40,73 +38,6 @@ DEPTH = None if os.environ.get("FULL_DEPTH") else 2
 SHARP = {"init_logit_scale": float(np.log(100))}
 """Random weights tell labels apart by little; as trained ones do, the scale makes that count."""
 SIZES = [(224, 224), (320, 240), (97, 211)]
-
-
-class ImageUnits(nn.Module):
-    """uint8 [batch, height, width, 3] → unit vectors."""
-
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.network = network
-        self.mean = nn.Buffer(torch.tensor(mean)[:, None, None])
-        self.std = nn.Buffer(torch.tensor(std)[:, None, None])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return normalize(
-            self.network((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std), dim=1
-        )
-
-
-class TextUnits(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return normalize(self.network(ids), dim=1)
-
-
-def write(found: Original, folder: Path) -> Path:
-    """A bundle of both towers."""
-    images, texts = found.images, found.texts
-    assert images is not None
-    assert texts is not None
-    folder.mkdir()
-    spec = images.preprocessing
-    pixels = torch.zeros(2, spec.height, spec.width, 3, dtype=torch.uint8)
-    batch = ("batch", 1024)
-    graph = export_graph(
-        ImageUnits(images.network, images.mean, images.std),
-        pixels,
-        "pixels",
-        {0: batch},
-        ("batch", found.dim),
-    )
-    (folder / "image.onnx").write_bytes(graph.SerializeToString())
-    context = texts.padding == "context"
-    ids = torch.ones(2, texts.context_length if context else 5, dtype=torch.int64)
-    axes = {0: batch} if context else {0: batch, 1: ("length", texts.context_length)}
-    graph = export_graph(TextUnits(texts.network), ids, "tokens", axes, ("batch", found.dim))
-    (folder / "text.onnx").write_bytes(graph.SerializeToString())
-    (folder / "tokenizer.json").write_text(texts.tokenizer, encoding="utf-8")
-    seal(
-        folder,
-        Description(
-            name=found.name,
-            dim=found.dim,
-            image=ImageTower(preprocessing=spec),
-            text=TextTower(
-                context_length=texts.context_length,
-                pad_id=texts.pad_id,
-                padding=texts.padding,
-                cleaning=texts.cleaning,
-            ),
-            scoring=found.scoring,
-            licence=found.licence,
-            source=found.source,
-        ),
-    )
-    return folder
 
 
 def pictures() -> list[Image.Image]:
@@ -194,6 +125,8 @@ def test_probabilities_agree_to_a_thousandth(architecture: str, tmp_path: Path) 
     expected = open_clips(model.eval(), open_clip.get_tokenizer(source), transform)
     del model  # the full ones take a gigabyte
     torch.manual_seed(0)
-    found = ours(write(original(source, Choices(random=True)), tmp_path / "bundle"))
+    few = built_in(images=4, texts=12)
+    bundle = write(original(source, Choices(random=True)), tmp_path / "bundle", calibration=few)
+    found = ours(bundle.folder)
     assert np.ptp(expected, axis=1).max() > 0.02  # the labels differ, so that agreement says something
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)

@@ -143,9 +143,8 @@ def test_a_bundle_serves_the_vectors_of_the_file(
     tmp_path: Path, network: nn.Module, transformer: tuple[dict[str, torch.Tensor], Path], name: str
 ) -> None:
     write = pytest.importorskip("training.export.write", reason="nothing here writes bundles of a source yet")
-    from training.export.calibration import built_in
-
     from embedserve.encoder import Encoder
+    from training.export.calibration import built_in
 
     state, path = transformer
     if name == "byol/resnet50":

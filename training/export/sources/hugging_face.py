@@ -6,7 +6,6 @@ mean of their patches. `hf:owner/name@revision` takes that revision of a reposit
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.nn import functional
 from embedserve.bundle import Preprocessing, Scoring
 from embedserve.errors import EmbedServeError, InvalidField, NotFound, closest
 from training import torchvision_ops
+from training.export.hashes import sha256_of
 from training.export.image_networks import HuggingFaceAttention, HuggingFacePatches, HuggingFacePooled
 from training.export.licences import licence_of, stated_in
 from training.export.original import Choices, Original, OriginalImages, OriginalTexts, ready
@@ -231,8 +231,7 @@ def _origin(place: _Place, config: Any, *, random: bool) -> str:
         where = f"the folder {place.folder.resolve().name}"
         weights = sorted(file for file in place.folder.iterdir() if file.suffix in {".safetensors", ".bin"})
         if weights and not random:
-            with weights[0].open("rb") as data:
-                where += f", {weights[0].name} with sha256 {hashlib.file_digest(data, 'sha256').hexdigest()}"
+            where += f", {weights[0].name} with sha256 {sha256_of(weights[0])}"
     return f"{version}: {where}{', random weights' if random else ''}"
 
 

@@ -10,7 +10,6 @@ Both towers, their preprocessing, their tokenizer and the learned scale of their
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from embedserve.bundle import Preprocessing, Scoring
 from embedserve.errors import EmbedServeError, InvalidField, NotFound, closest
 from training import torchvision_ops
+from training.export.hashes import sha256_of
 from training.export.image_networks import open_clip_parts
 from training.export.licences import licence_of, stated_in
 from training.export.original import Choices, Original, OriginalImages, OriginalTexts, ready
@@ -167,12 +167,10 @@ def _built_in(rest: str) -> _Choice:
 def _with_file(choice: _Choice, file: Path) -> _Choice:
     if not file.is_file():
         raise NotFound(f"The weights '{file}' do not exist; give a checkpoint of open_clip.", param="weights")
-    with file.open("rb") as data:
-        digest = hashlib.file_digest(data, "sha256").hexdigest()
     return replace(
         choice,
         label=choice.label or file.stem,
-        origin=f"{VERSION}: {choice.model} with {file.name}, sha256 {digest}",
+        origin=f"{VERSION}: {choice.model} with {file.name}, sha256 {sha256_of(file)}",
         weights=str(file),
     )
 

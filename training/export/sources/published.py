@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -14,6 +12,8 @@ from embedserve.errors import InvalidField
 from training import torchvision_ops
 from training.backbones import Backbone, build
 from training.backbones.loading import load
+from training.export.hashes import sha256_of
+from training.export.image_networks import BackboneAttention, BackboneMean, BackbonePatches
 from training.export.original import Choices, Original, OriginalImages, ready
 from training.published import Checkpoint, find, locate, read, rows
 from training.published.releases import Release
@@ -47,7 +47,7 @@ def original(rest: str, choices: Choices) -> Original:
     if not choices.random:
         path = locate(checkpoint, choices.weights)
         load(backbone, read(checkpoint, path))  # its first note names the file, which `source` does better
-        source = f"{checkpoint.url or release.page} ({_sha256(path)})"
+        source = f"{checkpoint.url or release.page} (sha256 {sha256_of(path)})"
     transformer = backbone.kind == "vit"
     return Original(
         name=checkpoint.full_name.replace("/", "-"),
@@ -58,8 +58,8 @@ def original(rest: str, choices: Choices) -> Original:
             mean=release.mean,
             std=release.std,
             reference=_reference(release),
-            patches=ready(Patches(backbone)),
-            attention=ready(Attention(backbone)) if transformer else None,
+            patches=ready(BackbonePatches(backbone)),
+            attention=ready(BackboneAttention(backbone)) if transformer else None,
         ),
         licence=release.licence,
         source=source,
@@ -67,42 +67,9 @@ def original(rest: str, choices: Choices) -> Original:
     )
 
 
-class Mean(nn.Module):
-    """[B, 3, H, W] → the mean over patches, [B, dim]."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.features(images)[1].mean((2, 3))
-
-
-class Patches(nn.Module):
-    """[B, 3, H, W] → patch features row after row, [B, patches, patch_dim]."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.features(images)[1].flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """[B, 3, H, W] → the class token's attention to patches in the last block, [B, heads, patches]."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.attention(images).flatten(2)
-
-
 def _pooled(backbone: Backbone, checkpoint: Checkpoint, choices: Choices) -> nn.Module:
     if backbone.kind == "vit":
-        return Mean(backbone) if choices.pooling == "mean" else backbone
+        return BackboneMean(backbone) if choices.pooling == "mean" else backbone
     if choices.pooling == "class":
         raise InvalidField(
             f"'{checkpoint.full_name}' is convolutional and has no class token; choose the pooling 'mean' or "
@@ -141,8 +108,3 @@ def _evaluated(checkpoint: Checkpoint) -> str:
     release = checkpoint.release
     figure = f" Linear classification on ImageNet: {checkpoint.top1}% top-1." if checkpoint.top1 else ""
     return f"{release.title} ({release.paper}), published by its authors at {release.page}.{figure}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -6,7 +6,6 @@ taken. The data configuration that belongs to the weights becomes the bundle's p
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from embedserve.bundle import Preprocessing
 from embedserve.errors import EmbedServeError, InvalidField, NotFound, closest
 from training import torchvision_ops
 from training.backbones.vision_transformer import VisionTransformer
+from training.export.hashes import sha256_of
 from training.export.image_networks import BackboneAttention, BackbonePatches, MapCells, TimmPooled
 from training.export.licences import spdx
 from training.export.original import Choices, Original, OriginalImages, ready
@@ -26,7 +26,8 @@ from training.export.original import Choices, Original, OriginalImages, ready
 torchvision_ops.register()
 
 import timm  # noqa: E402 -- imports torchvision
-import timm.data  # noqa: E402
+from timm.data.config import resolve_data_config  # noqa: E402
+from timm.data.transforms_factory import create_transform  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer  # noqa: E402
 
 __all__ = ["original"]
@@ -71,7 +72,7 @@ def original(rest: str, choices: Choices) -> Original:
             preprocessing=preprocessing,
             mean=config["mean"],
             std=config["std"],
-            reference=timm.data.create_transform(**config, is_training=False),
+            reference=create_transform(**config, is_training=False),
             patches=patches,
             attention=attention,
         ),
@@ -157,7 +158,7 @@ def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _data_config(network: Any, choices: Choices) -> dict[str, Any]:
-    resolve: Any = timm.data.resolve_data_config
+    resolve: Any = resolve_data_config
     chosen = {} if choices.size is None else {"input_size": (3, choices.size, choices.size)}
     return dict(resolve(chosen, pretrained_cfg=network.pretrained_cfg))
 
@@ -246,8 +247,7 @@ def _origin(name: str, published: Mapping[str, Any], choices: Choices) -> str:
     if choices.random:
         return f"{library}: {name}, random weights"
     if choices.weights is not None:
-        digest = hashlib.sha256(choices.weights.read_bytes()).hexdigest()
-        return f"{library}: {name}, weights from {choices.weights.name} (sha256 {digest})"
+        return f"{library}: {name}, weights from {choices.weights.name} (sha256 {sha256_of(choices.weights)})"
     architecture = name.partition(".")[0]
     tag = published.get("tag") or ""
     where = published.get("hf_hub_id") or published.get("url") or ""
