@@ -57,7 +57,9 @@ def build_optimizer(method: Method[Any], recipe: Recipe) -> torch.optim.Optimize
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=0.0, fused=fused)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, fused=fused)
+        _begin_at_rest(sgd)
+        return sgd
     from training import torchvision_ops
 
     torchvision_ops.register()
@@ -93,6 +95,16 @@ def set_rates(
         group["lr"] = group["lr_factor"] * (peak if group["fixed_lr"] else lr)
         group["weight_decay"] = decay if group["decay"] else 0.0
     return {"lr": lr, "weight_decay": decay}
+
+
+def _begin_at_rest(sgd: torch.optim.SGD) -> None:
+    """Gives every parameter a momentum of zero, which leads to the same weights as having none yet.
+
+    torch's fused kernel cannot have both at once, as with prototypes that are frozen in the first steps.
+    """
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _groups(method: Method[Any], recipe: Recipe) -> list[dict[str, Any]]:

@@ -241,3 +241,23 @@ def test_a_saved_optimizer_continues_bit_by_bit(kind: Any) -> None:
     whole = train(0, 6)[0]
     parts = train(3, 6, train(0, 3))[0]
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_gpus_fused_sgd_takes_parameters_that_begin_to_move_later() -> None:
+    """SwAV's prototypes are frozen at first; torch's fused kernel exists on the CPU as well."""
+
+    def weights(*, fused: bool) -> Tensor:
+        torch.manual_seed(0)
+        method = Small()
+        optimizer = build_optimizer(method, Recipe(optimizer="sgd", lr=0.1, weight_decay=0.01))
+        for group in optimizer.param_groups:
+            group.update(fused=fused, foreach=False)
+        for step in range(3):
+            method.head(torch.ones(2, 16)).square().sum().backward()
+            if step > 0:
+                method.predictor(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return torch.cat([one.detach().flatten() for one in method.parameters()])
+
+    torch.testing.assert_close(weights(fused=True), weights(fused=False))
