@@ -6,6 +6,7 @@ towers.py         pixels and token ids in, unit vectors out
 graphs.py         PyTorch → ONNX
 calibration.py    the images and texts that everything is measured on
 parity.py         serving against PyTorch
+precision/        float16 and int8, by measurement
 write.py          all of it together, in a folder that appears whole or not at all
 card.py           the model card
 """
@@ -22,6 +23,7 @@ from embedserve.errors import InvalidField, closest
 if TYPE_CHECKING:
     from training.export.calibration import Calibration
     from training.export.original import Choices
+    from training.export.precision import Wanted
 
 __all__ = ["RUN", "SOURCES", "STARTER", "export"]
 
@@ -41,7 +43,12 @@ is a run or checkpoint of `embedserve train` without saying so."""
 
 
 def export(
-    source: str, out: Path, *, choices: Choices | None = None, calibration: Calibration | None = None
+    source: str,
+    out: Path,
+    *,
+    choices: Choices | None = None,
+    calibration: Calibration | None = None,
+    precision: Wanted = "fp32",
 ) -> Bundle:
     """Writes the encoder bundle of `source` to the folder `out`, replacing a bundle that is there.
 
@@ -51,6 +58,8 @@ def export(
         out: New, empty, or the folder of a bundle. It is replaced only once the new bundle is complete.
         choices: What may be chosen about a source; its defaults otherwise.
         calibration: What serving is compared with PyTorch on; a built-in set otherwise.
+        precision: What to compute in: 'fp32', 'fp16' (for GPUs), 'int8', or 'auto', which takes the fastest
+            on this machine's CPU that keeps enough of the vectors.
 
     Raises:
         InvalidField: The source is unknown, or a choice does not suit it.
@@ -72,7 +81,13 @@ def export(
     from training.export.write import write
 
     original = module.original(rest, choices or Choices())
-    return write(original, out, calibration=calibration or built_in(), command=f"embedserve export {source}")
+    return write(
+        original,
+        out,
+        calibration=calibration or built_in(),
+        precision=precision,
+        command=f"embedserve export {source}",
+    )
 
 
 def _parsed(source: str) -> tuple[str, str]:

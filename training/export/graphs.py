@@ -124,8 +124,9 @@ def _anonymize(model: onnx.ModelProto, outputs: Mapping[str, Shape]) -> None:
     graph = model.graph
     graph.name, graph.doc_string = "embedserve", ""
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
-    for node in graph.node:
-        node.doc_string, node.name = "", ""
+    for index, node in enumerate(graph.node):
+        # A name of its own, by which a layer can be left out where others are brought to int8.
+        node.doc_string, node.name = "", f"{node.op_type}_{index}"
         del node.metadata_props[:]
     for value in (*graph.input, *graph.output, *graph.initializer):
         value.doc_string = ""

@@ -122,7 +122,7 @@ def torch_images(original: OriginalImages, image: Any) -> Tensor:
     if original.reference is not None:
         return original.reference(image)
     graph = ImageGraph(nn.Identity(), original.mean, original.std)
-    return graph.normalized(torch.from_numpy(preprocess(image, original.preprocessing))[None])[0]
+    return graph.normalized(torch.from_numpy(preprocess(image, original.preprocessing).copy())[None])[0]
 
 
 def _images(

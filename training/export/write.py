@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,12 +22,14 @@ from embedserve.bundle import (
     open_bundle,
     seal,
 )
+from embedserve.config import Limits
 from embedserve.encoder import Encoder
 from training.export import parity
 from training.export.calibration import PROBE_TEXT, Calibration, probe_png
 from training.export.card import card
 from training.export.graphs import write_graph
 from training.export.original import Original, OriginalImages, OriginalTexts
+from training.export.precision import LEAST_COSINE, Chosen, Inputs, Wanted, choose
 from training.export.towers import ImageGraph, TextGraph
 
 __all__ = ["write"]
@@ -33,19 +38,28 @@ MOST_AT_ONCE = 4096
 """Rows of a batch that the graphs are declared for."""
 
 
-def write(original: Original, out: Path, *, calibration: Calibration, command: str = "") -> Bundle:
+def write(
+    original: Original,
+    out: Path,
+    *,
+    calibration: Calibration,
+    precision: Wanted = "fp32",
+    command: str = "",
+) -> Bundle:
     """Writes the bundle of `original` to `out`, measured against it; nothing is left where that fails.
 
     Args:
         original: What a source handed over.
         out: New, empty, or the folder of a bundle, which is replaced at the very end.
         calibration: What serving and PyTorch are compared on.
+        precision: What to compute in; 'auto' is what is fastest on this machine's CPU and keeps enough.
         command: What was typed, for the model card.
 
     Raises:
         Departed: Serving's vectors are not those of the network.
         BundleError: `out` holds something else.
-        EmbedServeError: The network cannot be written as a graph.
+        EmbedServeError: The network cannot be written as a graph, or the precision that was asked for costs
+            too much of its vectors.
     """
     with new_bundle(out) as folder:
         description = _write_towers(folder, original)
@@ -53,11 +67,19 @@ def write(original: Original, out: Path, *, calibration: Calibration, command: s
         encoder = Encoder.load(folder)
         figures = parity.measure(encoder, original, calibration)
         parity.require(figures)
+        notes = original.notes
+        if precision != "fp32":
+            description, chosen = _reduce(folder, description, encoder, calibration, precision)
+            figures |= {"precision": {tower: one.figures for tower, one in chosen.items()}}
+            notes += tuple(f"{tower}: {note}" for tower, one in chosen.items() for note in one.notes)
+            encoder = Encoder.load(folder)
         probe = encoder.make_probe(
             probe_png() if original.images else None, PROBE_TEXT if original.texts else None
         )
+        if "int8" in description.precision:
+            probe = probe.model_copy(update={"min_cosine": LEAST_COSINE})
         description = description.model_copy(update={"parity": figures, "probe": probe})
-        text = card(description, original, command)
+        text = card(description, replace(original, notes=notes), command)
         (folder / "README.md").write_text(text, encoding="utf-8")
         seal(folder, description)
     Encoder.load(out).prove()
@@ -89,6 +111,42 @@ def _write_towers(folder: Path, original: Original) -> Description:
         licence=original.licence,
         source=original.source,
     )
+
+
+def _reduce(
+    folder: Path, description: Description, encoder: Encoder, calibration: Calibration, wanted: Wanted
+) -> tuple[Description, dict[str, Chosen]]:
+    """Puts graphs in another precision where the float32 ones lie, and seals the folder again."""
+    inputs: dict[str, Inputs] = {}
+    if encoder.has_images:
+        rows = [encoder.read_image(one.data, Limits()) for one in calibration.pictures]
+        inputs["image"] = Inputs(rows, np.stack)
+    if encoder.has_text:
+        # A text without tokens has no vector of its own.
+        tokens = [np.array(ids, np.int64) for ids in encoder.tokenize(calibration.texts) if ids]
+        inputs["text"] = Inputs(tokens, lambda rows: encoder.tokenizer.pad([row.tolist() for row in rows]))
+    chosen: dict[str, Chosen] = {}
+    with tempfile.TemporaryDirectory(prefix=".precision-", dir=folder.parent) as trials:
+        for tower, some in inputs.items():
+            path = folder / f"{tower}.onnx"
+            chosen[tower] = choose(path, wanted, some, Path(trials))
+            if chosen[tower].path != path:
+                _replace(path, chosen[tower].path)
+    words = {one.words for one in chosen.values()}
+    if len(words) > 1:
+        words = {", ".join(f"{one.words} ({tower})" for tower, one in chosen.items())}
+    description = description.model_copy(update={"precision": words.pop()})
+    seal(folder, description)
+    return description, chosen
+
+
+def _replace(path: Path, other: Path) -> None:
+    """Takes a graph, and its weights where they lie beside it under the name that it knows them by."""
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    other.replace(path)
+    beside = other.with_name(f"{other.name}.data")
+    if beside.exists():
+        beside.replace(path.with_name(beside.name))
 
 
 def _write_images(path: Path, images: OriginalImages, dim: int) -> ImageOutputs | None:
