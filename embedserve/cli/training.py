@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -15,9 +15,12 @@ from embedserve.config import Switch
 from embedserve.errors import EmbedServeError
 
 if TYPE_CHECKING:
+    from embedserve.bundle import Bundle
     from training.settings import KeyHelp
 
 ListSwitch = Annotated[bool, Parameter(name="--list", negative=())]
+Precision = Literal["fp32", "fp16", "int8", "auto"]
+Pooling = Literal["auto", "class", "mean"]
 Assignments = Annotated[list[str] | None, Parameter(name="--set", negative=())]
 
 
@@ -146,16 +149,93 @@ def evaluate(
 
 
 @app.command
-def export(source: str, /, *, out: Path) -> int:
+def export(
+    source: str | None = None,
+    /,
+    *,
+    out: Path | None = None,
+    weights: Path | None = None,
+    precision: Precision = "fp32",
+    calibrate: Path | None = None,
+    pooling: Pooling = "auto",
+    projection: Switch = False,
+    size: int | None = None,
+    random: Switch = False,
+    show: ListSwitch = False,
+    json: Switch = False,
+) -> int:
     """Write an encoder bundle, and prove it against the network it was made from.
 
     Args:
-        source: What to export; 'starter' builds the bundled encoder anew.
+        source: A run or checkpoint of `embedserve train`; open_clip:ARCH/TAG; timm:NAME;
+            torchvision:NAME/WEIGHTS; hf:OWNER/NAME or hf:FOLDER; published:NAME; or 'starter', which builds
+            the bundled encoder anew.
         out: The bundle's folder.
+        weights: A local file with the weights, instead of the library's cache or hub.
+        precision: fp32; fp16 for GPUs; int8; or auto, the fastest on this CPU that keeps enough of vectors.
+        calibrate: A folder of your images to measure on, instead of the built-in ones.
+        pooling: A vision transformer's class token or the mean of its patches; auto: as it was trained.
+        projection: A run's projection head as well.
+        size: Pixels of a side, for networks that take several.
+        random: Random weights, to measure the speed of an architecture.
+        show: Show the forms of sources and the published checkpoints.
+        json: Print JSON only.
     """
     with _training_extra("Exporting"):
+        if show:
+            return _list_sources()
+        if source is None or out is None:
+            raise Usage("Give a source and --out, as in `embedserve export runs/first --out bundles/first`.")
         from training.export import export as write
+        from training.export.calibration import from_folder
+        from training.export.original import Choices
 
-        bundle = write(source, out)
-    print(f"{bundle.name}: {bundle.dim} numbers, written to '{bundle.folder}'")
+        chosen = Choices(weights=weights, random=random, projection=projection, pooling=pooling, size=size)
+        bundle = write(
+            source,
+            out,
+            choices=chosen,
+            calibration=from_folder(calibrate) if calibrate is not None else None,
+            precision=precision,
+        )
+    if json:
+        described = bundle.description.model_dump(mode="json", exclude={"probe", "files"})
+        print_json({"folder": str(bundle.folder), **described})
+    else:
+        _print_bundle(bundle)
     return OK
+
+
+def _list_sources() -> int:
+    from training.export import EXAMPLES
+    from training.published import rows
+
+    print("sources")
+    for example in ("starter", *EXAMPLES.values()):
+        print(f"  {example}")
+    print("\npublished checkpoints (docs/published.md says where to get each)")
+    for row in rows():
+        print("  " + "  ".join(f"{value}" for value in row.values() if value))
+    return OK
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    described = bundle.description
+    size = sum(path.stat().st_size for path in bundle.folder.iterdir())
+    what = f"{bundle.dim} numbers, {described.precision}, {size / 1e6:.1f} MB"
+    print(f"{bundle.name}: {what}, in '{bundle.folder}'")
+    for tower in ("image", "text"):
+        found = described.parity.get(tower)
+        if found and "min_cosine" in found:
+            print(
+                f"{tower:6}cosine to PyTorch at least {found['min_cosine']:.6f}, mean "
+                f"{found['mean_cosine']:.6f} ({found['n']} inputs)"
+            )
+        measured = described.parity.get("precision", {}).get(tower, {})
+        if "chosen" in measured:
+            one = measured[measured["chosen"]]
+            print(
+                f"{'':6}{measured['chosen']}: {one['times_float32']} times float32's speed, cosine at least "
+                f"{one['min_cosine']}, top-10 neighbours {one['top10_overlap']:.0%} the same"
+            )
+    note(f"next: embedserve check {bundle.folder}, or embedserve serve --encoder {bundle.folder}")

@@ -97,3 +97,25 @@ def test_a_mistake_is_told_with_its_fix(
 ) -> None:
     assert main(arguments) == code
     assert said in capsys.readouterr().err
+
+
+def test_the_sources_and_the_published_checkpoints_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert "open_clip:ViT-B-32/laion2b_s34b_b79k" in shown
+    assert "published:dino/" in shown
+
+
+def test_an_export_says_how_near_it_comes_and_what_is_next(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--out", str(tmp_path / "bundle")]) == 0
+    said = capsys.readouterr()
+    assert "cosine to PyTorch at least 0.9999" in said.out or "cosine to PyTorch at least 1.0" in said.out
+    assert f"embedserve serve --encoder {tmp_path / 'bundle'}" in said.err
+    assert main(["check", str(tmp_path / "bundle"), "--seconds", "0.1"]) == 0
+
+
+def test_an_export_without_a_place_to_go_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "starter"]) == 2
+    assert "--out" in capsys.readouterr().err
