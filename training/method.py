@@ -12,6 +12,7 @@ The loop (`training.train`) owns the rest once: precision, optimiser, accumulati
       .momentum_pairs()           what follows what by an exponential moving average
       .after_step(now)            that, and the queues
       .encoder, .embed(images)    what is evaluated and exported
+      .projection                 what followed it in the loss
 """
 
 from __future__ import annotations
@@ -223,6 +224,14 @@ class Method(nn.Module, ABC, Generic[S]):
     def encoder(self) -> Backbone:
         """The backbone to evaluate and export; the momentum encoder where that is the better one."""
         return self.backbone
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """What followed the encoder's features in the loss, [B, encoder.dim] → [B, length]; None: nothing.
+
+        Where the loss compares predictions with projections, these are the projections.
+        """
+        return None
 
     def embed(self, images: Tensor) -> Tensor:
         """Features for transfer: float [B, 3, H, W] → float [B, dim], not normalised."""

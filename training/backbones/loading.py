@@ -19,7 +19,7 @@ from training.backbones.convolutional import ResNet, stem_of
 from training.backbones.starting import Weights
 from training.backbones.vision_transformer import VisionTransformer
 
-__all__ = ["load"]
+__all__ = ["check_fit", "load"]
 
 HEADS = frozenset(
     {
@@ -77,7 +77,7 @@ def load(backbone: Backbone, weights: Weights) -> None:
     # Files from before torch 0.4.1 do not count batches; the count plays no part in the result.
     uncounted = [name for name in expected if name.endswith("num_batches_tracked") and name not in found]
     found |= {name: expected[name] for name in uncounted}
-    _check(backbone.name, weights.origin, expected, found)
+    check_fit(backbone.name, weights.origin, expected, found)
     backbone.network.load_state_dict(found)
     if heads:
         notes.append(f"The class head was left out ({', '.join(heads)}).")
@@ -113,7 +113,15 @@ def _prefix(weights: Weights, expected: list[str]) -> str:
     return best[0]
 
 
-def _check(name: str, origin: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_fit(name: str, origin: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises InvalidField when tensors are missing, left over, of another shape or not finite.
+
+    Args:
+        name: The network's, for people.
+        origin: Where the tensors are from.
+        expected: The network's state.
+        found: What there is.
+    """
     shapes = [
         f"{key} is {list(found[key].shape)} instead of {list(expected[key].shape)}"
         for key in expected

@@ -12,7 +12,7 @@ from embedserve.errors import EmbedServeError
 from embedserve.preprocess import OVERSAMPLING
 from training.data.source import Source, to_image, upright_size
 
-__all__ = ["Decoded", "Failure", "decode_rows", "read_square"]
+__all__ = ["Decoded", "Failure", "decode_rows", "read_square", "squash"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Decoded:
 
 def read_square(source: Source, row: int, size: int) -> NDArray[np.uint8]:
     """uint8 [size, size, 3]. Raises as `Source.read`."""
-    return _squash(source.read(row, shrink_to=OVERSAMPLING * size), size)
+    return squash(source.read(row, shrink_to=OVERSAMPLING * size), size)
 
 
 def decode_rows(source: Source, rows: range, size: int) -> Decoded:
@@ -63,13 +63,13 @@ def decode_rows(source: Source, rows: range, size: int) -> Decoded:
             failures.append(Failure(row, reason, unread=True))
             continue
         if size:
-            pixels[done] = _squash(image, size)
+            pixels[done] = squash(image, size)
         aspect[done] = width / height
         done += 1
     return Decoded(pixels[:done], aspect[:done], failures)
 
 
-def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """To a square, whatever the shape: the crop that is drawn later undoes it.
 
     Bilinear with Pillow's support that grows with the scale, which is the triangle filter of torchvision's

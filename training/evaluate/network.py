@@ -19,7 +19,7 @@ from training.data.squares import decode_rows
 from training.evaluate.embedding import READERS, Embedded, finite, without_failed
 from training.evaluate.report import Progress, silent
 
-__all__ = ["NetworkEncoder", "PixelEncoder", "RunEncoder"]
+__all__ = ["MethodEmbedding", "NetworkEncoder", "PixelEncoder", "RunEncoder"]
 
 Rows = NDArray[np.int64]
 
@@ -173,7 +173,7 @@ class RunEncoder(NetworkEncoder):
         super().__init__(
             f"{path} (step {trained.step})",
             trained.method.encoder,
-            embed=_Embedding(trained.method) if type(trained.method).embed is not Method.embed else None,
+            embed=MethodEmbedding(trained.method) if type(trained.method).embed is not Method.embed else None,
             size=config.size,
             stored_size=config.stored_size,
             device=device,
@@ -215,7 +215,7 @@ class PixelEncoder:
         return Embedded(torch.cat(parts), pixels.source, pixels.skipped)
 
 
-class _Embedding(nn.Module):
+class MethodEmbedding(nn.Module):
     """A method's `embed` as a module."""
 
     def __init__(self, method: nn.Module) -> None:

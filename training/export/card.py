@@ -117,6 +117,13 @@ def _agreement(parity: Mapping[str, Any]) -> list[str]:
             f"- Large JPEGs, of which serving decodes a fraction: least cosine {large['min_cosine']:.6f} "
             f"({large['n']} of them, not in the table)."
         )
+    if "as_evaluated" in image:
+        seen = image["as_evaluated"]
+        notes.append(
+            "- Evaluations of the run cut their images from small squares that were decoded once, serving "
+            f"from the image itself: mean cosine {seen['mean_cosine']:.4f}, least {seen['min_cosine']:.4f} ("
+            f"{seen['worst']}). It is 1 for square images, and falls with their elongation and fine detail."
+        )
     if text.get("tokens_compared"):
         notes.append(
             f"- Tokens: {text['tokens_equal']} of {text['tokens_compared']} texts equal the library's."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
+from embedserve.errors import InvalidField
 from training.backbones import Backbone
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "OpenClipPatches",
     "TimmPatches",
     "TimmPooled",
+    "attention_of",
     "open_clip_parts",
 ]
 
@@ -215,6 +218,17 @@ class BackboneAttention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone.attention(images).flatten(2)
+
+
+def attention_of(backbone: Backbone, height: int, width: int) -> nn.Module | None:
+    """`BackboneAttention`; None where the network has none to show."""
+    attention = BackboneAttention(backbone)
+    try:
+        with torch.no_grad():
+            attention(torch.zeros(1, 3, height, width))
+    except InvalidField:
+        return None
+    return attention
 
 
 def _cells(features: Tensor) -> Tensor:

@@ -51,6 +51,9 @@ class OriginalImages:
     reference: Callable[[Image.Image], Tensor] | None = None
     """The library's own preprocessing: an RGB image of any size → float32 [3, height, width], normalised.
     What serving's preprocessing is compared with. None where the source has none of its own."""
+    evaluated: Callable[[Image.Image], Tensor] | None = None
+    """As `reference`: what evaluations by the source see, where a bundle cannot say that exactly. How close
+    serving comes is measured and told, and nothing is refused for it."""
     patches: nn.Module | None = None
     """As `network`, to patch tokens [batch, patches, patch_dim], row after row; None: not offered."""
     attention: nn.Module | None = None

@@ -7,12 +7,13 @@ preprocessing and tokenizer before the untouched network, on every picture and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from embedserve.config import Limits
@@ -113,7 +114,7 @@ def _require(tower: str, part: str, where: str, found: Mapping[str, Any], least:
 # ------------------------------------------------------------------------------------------------- images
 
 
-def torch_images(original: OriginalImages, image: Any) -> Tensor:
+def torch_images(original: OriginalImages, image: Image.Image) -> Tensor:
     """An RGB image → what the network takes, by the library's own preprocessing where there is one.
 
     Returns:
@@ -160,9 +161,21 @@ def _images(
     }
     if not own:
         figures["worst_pixel"] = round(worst_pixel, 2)
+    if original.evaluated is not None:
+        evaluated = _evaluated(original, original.evaluated, pictures)
+        figures["as_evaluated"] = _agreement(found, evaluated, names)
     if shrunk:
         figures["large_jpegs"] = _agreement(found[shrunk], expected[shrunk], [names[row] for row in shrunk])
     return figures, (found, expected)
+
+
+def _evaluated(
+    original: OriginalImages, see: Callable[[Image.Image], Tensor], pictures: Sequence[Picture]
+) -> Vectors:
+    background = original.preprocessing.background
+    images = (see(decode(one.data, LIMITS, background=background)) for one in pictures)
+    with torch.no_grad():
+        return torch.cat([unit(original.network(image[None])) for image in images]).numpy()
 
 
 def _pixel_difference(graph: ImageGraph, pixels: Pixels, expected: Tensor) -> float:

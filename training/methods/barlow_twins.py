@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.backbones import Backbone
 from training.distributed import gather
@@ -67,6 +67,10 @@ class BarlowTwins(Method[BarlowTwinsOptions]):
             augmentation.view(facts.size, blur=1.0),
             augmentation.view(facts.size, blur=0.1, solarize=solarize, of="partner"),
         )
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.projector
 
     def loss(self, batch: Batch) -> Losses:
         first, second = (self.projector(self.backbone(view)) for view in batch.views)

@@ -76,6 +76,10 @@ class BYOL(Method[BYOLOptions]):
             augmentation.view(facts.size, blur=0.1, solarize=solarize, of="partner"),
         )
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.projector
+
     def loss(self, batch: Batch) -> Losses:
         first, second = (self.predictor(self.projector(self.backbone(view))) for view in batch.views)
         with torch.no_grad():

@@ -91,6 +91,10 @@ class DenseCL(Method[DenseCLOptions]):
             (self.dense_head, self.momentum_dense_head),
         ]
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.head
+
     def loss(self, batch: Batch) -> Losses:
         first, second = batch.views
         options = self.options

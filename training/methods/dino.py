@@ -90,6 +90,10 @@ class DINO(Method[DINOOptions]):
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.backbone, self.teacher), (self.head, self.teacher_head)]
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.teacher_head.layers
+
     def loss(self, batch: Batch) -> Losses:
         targets = self._targets(batch)
         outputs = self.head(class_features(self.backbone, batch.views))

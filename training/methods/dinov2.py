@@ -119,6 +119,10 @@ class DINOv2(Method[DINOv2Options]):
             ParameterRule(module=self.backbone, lr=first),  # tokens and positions
         ]
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.teacher_head.layers
+
     def loss(self, batch: Batch) -> Losses:
         options = self.options
         full, local = batch.views[:FULL_VIEWS], batch.views[FULL_VIEWS:]

@@ -105,6 +105,10 @@ class MoCoV1(Method[MoCoOptions]):
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.backbone, self.momentum_backbone), (self.head, self.momentum_head)]
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.head
+
     def loss(self, batch: Batch) -> Losses:
         first, second = batch.views
         directions = [(first, second), (second, first)] if self.options.symmetric else [(first, second)]

@@ -99,6 +99,10 @@ class MoCoV3(Method[MoCoV3Options]):
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.projector
+
     def loss(self, batch: Batch) -> Losses:
         first, second = (self.predictor(self.projector(self.backbone(view))) for view in batch.views)
         first_keys, second_keys = (self.keys(view) for view in batch.views)

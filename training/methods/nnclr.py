@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.backbones import Backbone
 from training.heads import mlp
@@ -65,6 +65,10 @@ class NNCLR(Method[NNCLROptions]):
     @classmethod
     def views(cls, augmentation: Augmentation, options: NNCLROptions, facts: Facts) -> tuple[View, ...]:
         return augmentation.view(facts.size), augmentation.view(facts.size, of="partner")
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.projector
 
     def loss(self, batch: Batch) -> Losses:
         first, second = (self.projector(self.backbone(view)) for view in batch.views)

@@ -59,6 +59,10 @@ class SimCLR(Method[SimCLROptions]):
         projected: Tensor = self.head(self.backbone(images))
         return projected
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.head
+
     def loss(self, batch: Batch) -> Losses:
         # One pass for each view, as in the paper's code on TPU cores: batch norm never sees both at once.
         first, second = (self.project(view) for view in batch.views)

@@ -98,6 +98,10 @@ class SimCLRv2(Method[SimCLRv2Options]):
     def views(cls, augmentation: Augmentation, options: SimCLRv2Options, facts: Facts) -> tuple[View, ...]:
         return augmentation.view(facts.size), augmentation.view(facts.size, of="partner")
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.head
+
     def loss(self, batch: Batch) -> Losses:
         options = self.options
         first, second = (self.head(self.backbone(view)) for view in batch.views)

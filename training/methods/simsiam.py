@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.backbones import Backbone
 from training.heads import mlp
@@ -61,6 +61,10 @@ class SimSiam(Method[SimSiamOptions]):
     def parameter_rules(self) -> list[ParameterRule]:
         # The predictor has to keep up with the newest projections to the end (section 4.2).
         return [ParameterRule(module=self.predictor, fixed_lr=True)]
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.projector
 
     def loss(self, batch: Batch) -> Losses:
         first, second = (self.projector(self.backbone(view)) for view in batch.views)

@@ -105,6 +105,10 @@ class SwAV(Method[SwAVOptions]):
         local = [partner if index % 2 else image for index in range(options.local_crops)]
         return augmentation.view(facts.size), augmentation.view(facts.size, of="partner"), *local
 
+    @property
+    def projection(self) -> nn.Module:
+        return self.head
+
     def loss(self, batch: Batch) -> Losses:
         embeddings = self._embeddings(batch.views)
         scores = prototype_scores(embeddings, self.prototypes.weight)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.backbones import Backbone
 from training.distributed import gather
@@ -71,6 +71,10 @@ class VICReg(Method[VICRegOptions]):
             augmentation.view(facts.size, blur=0.5, solarize=solarize),
             augmentation.view(facts.size, blur=0.5, solarize=solarize, of="partner"),
         )
+
+    @property
+    def projection(self) -> nn.Module:
+        return self.expander
 
     def loss(self, batch: Batch) -> Losses:
         first, second = (self.expander(self.backbone(view)) for view in batch.views)

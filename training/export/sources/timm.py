@@ -19,7 +19,7 @@ from embedserve.errors import EmbedServeError, InvalidField, NotFound, closest
 from training import torchvision_ops
 from training.backbones.vision_transformer import VisionTransformer
 from training.export.hashes import sha256_of
-from training.export.image_networks import BackboneAttention, BackbonePatches, MapCells, TimmPooled
+from training.export.image_networks import BackbonePatches, MapCells, TimmPooled, attention_of
 from training.export.licences import spdx
 from training.export.original import Choices, Original, OriginalImages, ready
 
@@ -218,8 +218,8 @@ def _parts(
     """Patches and attention; None for what the network does not have."""
     if isinstance(network, TimmTransformer):
         backbone = VisionTransformer(name, network)
-        plain = type(network.blocks[-1].attn).__name__ == "Attention"
-        return BackbonePatches(backbone), BackboneAttention(backbone) if by_class and plain else None
+        attention = attention_of(backbone, *input_size[1:]) if by_class else None
+        return BackbonePatches(backbone), attention
     with torch.no_grad():
         features = network.forward_features(torch.zeros(1, *input_size))
     is_map = isinstance(features, Tensor) and features.dim() == 4
