@@ -104,6 +104,7 @@ def main() -> None:
     print(text)
     if arguments.record:
         figures["table"] = text
+        figures["drawings"] = json.loads(RECORD.read_text(encoding="utf-8")).get("drawings", "")
         RECORD.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

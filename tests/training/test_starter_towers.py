@@ -33,8 +33,9 @@ def literal_image_vector(
     every = np.exp(sharp * logits - (sharp * logits).max())
     probability = every / every.sum()
     semantic = np.zeros(classes.shape[1])
-    for index in sorted(range(len(logits)), key=lambda i: -probability[i])[:best]:
-        semantic += probability[index] * classes[index]
+    order = sorted(range(len(logits)), key=lambda i: -probability[i])
+    for index in order[:best]:
+        semantic += (probability[index] - probability[order[best]]) * classes[index]
     visual = np.array(
         [
             sum((math.sqrt(f) - m) * b for f, m, b in zip(pooled, mean, column, strict=True))

@@ -33,7 +33,7 @@ from embedserve.bundle import (
 from embedserve.encoder import Encoder
 from training.export.calibration import PROBE_TEXT, drawing, probe_png
 from training.export.graphs import export_graph
-from training.starter import sources, visual
+from training.starter import meaning, sources, visual
 from training.starter.compact import Store, store_weights
 from training.starter.towers import PAD, SEMANTIC, SIZE, VISUAL, ImageNetwork, TextNetwork, class_table
 
@@ -41,8 +41,8 @@ __all__ = ["BEST", "LOGIT_SCALE", "LOOKS", "SHARPNESS", "Networks", "build", "ne
 
 LOOKS = 0.75
 """a: three quarters of an image–image cosine are looks. `benchmarks/starter_quality.py` compares others."""
-BEST, SHARPNESS = 10, 0.7
-LOGIT_SCALE = 24.0
+BEST, SHARPNESS = 20, 0.6
+LOGIT_SCALE = 33.0
 """Least negative log-likelihood of zero-shot probabilities; `benchmarks/starter_quality.py` fits it."""
 MIN_COSINE = 0.999
 DIM = SEMANTIC + VISUAL
@@ -82,6 +82,12 @@ class Networks:
         """float32 [n, 640]."""
         return torch.cat([self.text(torch.from_numpy(part)) for part in _padded(self.tokens(texts))])
 
+    def embed_meanings(self, texts: Sequence[str]) -> Tensor:
+        """The semantic part of `embed_texts`, float32 [n, 384]; short texts are run with short ones."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        vectors = self.embed_texts([texts[index] for index in order])
+        return vectors[torch.from_numpy(np.argsort(order))][:, :SEMANTIC]
+
     @torch.no_grad()
     def embed_images(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 [n, 224, 224, 3] → float32 [n, 640]."""
@@ -90,29 +96,33 @@ class Networks:
         )
 
 
-def networks(*, looks: float = LOOKS) -> Networks:
-    """Reads the weights and joins them. Takes a few seconds, most of it for the class descriptions."""
+def networks(*, looks: float = LOOKS, learned: bool = True) -> Networks:
+    """Reads the weights and joins them. Takes a few seconds, most of it for the class descriptions.
+
+    Args:
+        looks: a, the visual part's share.
+        learned: Whether what was learned from drawings has a say; without, meaning is ConSE alone.
+    """
     text = TextNetwork(sources.sentence_weights(), sources.CONTEXT_LENGTH).eval()
     tokenizer = Tokenizer.from_str(sources.tokenizer_json().decode("utf-8"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(sources.CONTEXT_LENGTH)
 
-    @torch.no_grad()
-    def embed(texts: Sequence[str]) -> Tensor:
-        tokens = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
-        order = sorted(
-            range(len(tokens)), key=lambda index: len(tokens[index])
-        )  # short with short: less padding
-        vectors = torch.cat(
-            [text(torch.from_numpy(part)) for part in _padded([tokens[index] for index in order])]
+    def join(classes: Tensor) -> Networks:
+        mean, basis = visual.load()
+        image = ImageNetwork(
+            _fold_batch_norms(sources.classifier()),
+            classes,
+            mean,
+            basis,
+            looks=looks,
+            best=BEST,
+            sharpness=SHARPNESS,
+            meaning=meaning.load() if learned else None,
         )
-        return vectors[torch.from_numpy(np.argsort(order))][:, :SEMANTIC]
+        return Networks(image.eval(), text, tokenizer)
 
-    table = class_table(sources.class_descriptions(), embed)
-    mean, basis = visual.load()
-    classifier = _fold_batch_norms(sources.classifier())
-    image = ImageNetwork(classifier, table, mean, basis, looks=looks, best=BEST, sharpness=SHARPNESS).eval()
-    return Networks(image, text, tokenizer)
+    return join(class_table(sources.class_descriptions(), join(torch.zeros(0)).embed_meanings))
 
 
 def build(out: Path) -> Bundle:
@@ -248,4 +258,13 @@ def _card(parity: dict[str, Any], measured: dict[str, Any]) -> str:
         f"| {tower} | {parity[tower]['n']} | {parity[tower]['min_cosine']} | {parity[tower]['mean_cosine']} |"
         for tower in ("image", "text")
     ]
-    return _beside("card.md").replace("{parity}", "\n".join(rows)).replace("{measured}", measured["table"])
+    parts = {
+        "parity": "\n".join(rows),
+        "measured": measured["table"],
+        "drawings": measured["drawings"],
+        "scale": f"{LOGIT_SCALE:g}",
+    }
+    card = _beside("card.md")
+    for name, text in parts.items():
+        card = card.replace(f"{{{name}}}", text)
+    return card

@@ -45,8 +45,21 @@ ONE_IN = 10
 MANY = 6
 """A title that more drawings than this share is the name of a collection, not of a drawing."""
 EMPTY_WORDS = frozenset(
-    """clip_art clipart hash icons lemon_theme_icon magick mapsym menu signs_and_symbols special theme
-    united_nations_member unsorted""".split()
+    {
+        "clip_art",
+        "clipart",
+        "hash",
+        "icons",
+        "lemon_theme_icon",
+        "magick",
+        "mapsym",
+        "menu",
+        "signs_and_symbols",
+        "special",
+        "theme",
+        "united_nations_member",
+        "unsorted",
+    }
 )
 COLLECTION_TITLE = re.compile(r"clip ?art|theme|collection|part of|aiga|etiquette|@|http", re.IGNORECASE)
 
@@ -126,7 +139,7 @@ def clip_art_captions(svg: Path) -> dict[str, tuple[str, ...]]:
         path = Path(name)
         own = title and shared[title] <= MANY and not COLLECTION_TITLE.search(title)
         texts = (title if own else path.stem, *keywords, path.parent.name)
-        every = dict.fromkeys(_words(text) for text in texts if text not in EMPTY_WORDS)
+        every = dict.fromkeys(_words(text) for text in texts if text.lower() not in EMPTY_WORDS)
         captions[name] = tuple(text for text in every if len(text) > 1)
     return captions
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from training.export.towers import unit
 
-__all__ = ["SEMANTIC", "VISUAL", "ImageNetwork", "TextNetwork", "class_table"]
+__all__ = ["SEMANTIC", "VISUAL", "ImageNetwork", "Meaning", "TextNetwork", "class_table"]
 
 SEMANTIC, VISUAL = 384, 256
 SIZE = 224
@@ -28,6 +28,7 @@ class ImageNetwork(nn.Module):
         looks: a, the visual part's share of an image–image cosine, 0..1.
         best: How many of the most probable classes count (k of ConSE).
         sharpness: What the logits are multiplied with before the softmax; below 1 is softer.
+        meaning: What was learned from captioned drawings, joined with ConSE; None is ConSE alone.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class ImageNetwork(nn.Module):
         looks: float,
         best: int = 10,
         sharpness: float = 1.0,
+        meaning: Meaning | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.meaning = network, meaning
         self.classes, self.mean, self.basis = nn.Buffer(classes), nn.Buffer(mean), nn.Buffer(basis)
         self.looks, self.best, self.sharpness = looks, best, sharpness
 
@@ -56,17 +58,54 @@ class ImageNetwork(nn.Module):
 
     def join(self, pooled: Tensor, logits: Tensor) -> Tensor:
         """The vector from features and logits."""
-        best, index = torch.topk(logits * self.sharpness, self.best, dim=1)
-        # A softmax over the best ten is the softmax over all, cut to ten, up to a factor that `unit` removes.
-        weight = torch.softmax(best, dim=1)
-        semantic = torch.matmul(weight[:, None, :], F.embedding(index, self.classes))[:, 0]
+        semantic = self.conse(logits)
+        if self.meaning is not None:
+            semantic = self.meaning.join(pooled, logits, semantic)
         # Square roots tame the few features that would otherwise decide alone (Hellinger's kernel).
         visual = torch.matmul(torch.sqrt(pooled) - self.mean, self.basis)
         share = self.looks
         return torch.cat([(1 - share) ** 0.5 * unit(semantic), share**0.5 * unit(visual)], dim=1)
 
+    def conse(self, logits: Tensor) -> Tensor:
+        """Class logits [batch, 1000] → the classes' mean by probability, of unit length [batch, 384]."""
+        best, index = torch.topk(logits * self.sharpness, self.best + 1, dim=1)
+        # Up to a factor that unit removes. A class counts by how far it is ahead of the first that does not,
+        # so none appears or disappears with a jump when a picture changes a little.
+        ahead = torch.exp(best - best[:, :1])
+        weight = ahead[:, :-1] - ahead[:, -1:]
+        return unit(torch.matmul(weight[:, None, :], F.embedding(index[:, :-1], self.classes))[:, 0])
+
     def forward(self, pixels: Tensor) -> Tensor:
         return self.join(*self.features(pixels))
+
+
+class Meaning(nn.Module):
+    """A second opinion about what a picture shows: two layers fitted on captioned drawings (`meaning.py`).
+
+    ConSE knows photographs of 1000 kinds of things, this knows drawings. How far each counts follows from the
+    greatest class probability: high on photographs of what ImageNet has, low on most drawings.
+
+    Args:
+        features, hidden: Sizes of the input and of the layer between.
+        share: The weight of the learned part where the greatest class probability is 0, and where it is 1.
+    """
+
+    def __init__(self, features: int = 1280, hidden: int = 1024, *, share: tuple[float, float]) -> None:
+        super().__init__()
+        self.share = share
+        self.mean, self.scale = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
+        self.widen, self.narrow = nn.Linear(features, hidden), nn.Linear(hidden, SEMANTIC)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled features [batch, features], all ≥ 0 → [batch, 384], not of unit length."""
+        out: Tensor = self.narrow(F.gelu(self.widen((torch.sqrt(pooled) - self.mean) * self.scale)))
+        return out
+
+    def join(self, pooled: Tensor, logits: Tensor, conse: Tensor) -> Tensor:
+        """Both opinions in one, [batch, 384], not of unit length."""
+        sure = torch.softmax(logits, dim=1).amax(dim=1, keepdim=True)
+        share = self.share[0] + (self.share[1] - self.share[0]) * sure
+        return (1 - share) * conse + share * unit(self(pooled))
 
 
 class TextNetwork(nn.Module):
