@@ -159,7 +159,8 @@ def ten_choices(pictures: Vectors, captions: Vectors) -> NDArray[np.float64]:
     rows = np.repeat(np.arange(n), ROUNDS)[:, None]
     others = np.random.default_rng(0).integers(1, n, size=(len(rows), 9))
     columns = np.concatenate([rows, (rows + others) % n], axis=1)
-    return (pictures @ captions.T)[rows, columns].astype(np.float64)
+    cosines: NDArray[np.float64] = (pictures @ captions.T)[rows, columns].astype(np.float64)
+    return cosines
 
 
 def calibration_error(logits: NDArray[np.float64]) -> float:

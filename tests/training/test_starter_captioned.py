@@ -74,7 +74,7 @@ def test_an_icon_is_captioned_by_its_name_and_drawn_in_black(npm: Path) -> None:
     assert drawn.mode == "RGBA"
     assert drawn.size == (224, 224)
     assert drawn.getpixel((50, 100)) == (28, 28, 28, 255)
-    assert drawn.getpixel((200, 100))[3] == 0
+    assert drawn.getchannel("A").getpixel((200, 100)) == 0
 
 
 def test_a_missing_package_is_named_by_its_path(tmp_path: Path) -> None:

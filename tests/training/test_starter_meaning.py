@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra 'train')")
 
@@ -27,7 +32,7 @@ def network() -> ImageNetwork:
     return ImageNetwork(body, classes, torch.zeros(FEATURES), torch.zeros(FEATURES, 8), looks=0.0, best=5)
 
 
-def embed(texts: list[str]) -> torch.Tensor:
+def embed(texts: Sequence[str]) -> Tensor:
     """A direction of its own for each text."""
     rows = [torch.randn(SEMANTIC, generator=torch.Generator().manual_seed(sum(map(ord, t)))) for t in texts]
     return torch.nn.functional.normalize(torch.stack(rows), dim=1)

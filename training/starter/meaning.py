@@ -146,7 +146,7 @@ def fit(
         also = torch.from_numpy(np.stack([np.isin(columns, known[index]) for index in chosen])) & (right == 0)
 
         features = torch.from_numpy(seen)
-        conse = network.conse(network.network.classifier(features)).detach()  # type: ignore[operator, union-attr]
+        conse = network.conse(network.network.classifier(features)).detach()  # type: ignore[operator]
         found = F.normalize(conse + _dropped(meaning, features), dim=1)
         scores = log_scale.exp() * found @ vectors[torch.from_numpy(columns)].T
         scores = scores.masked_fill(also, -1e4)
@@ -155,7 +155,7 @@ def fit(
         distillation = 1 - (found * conse).sum(dim=1).mean()
         loss = (to_text + to_image) / 2 + DISTILLATION * distillation
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         report(step, float(loss.detach()))
     return meaning.eval()
@@ -196,7 +196,7 @@ class _Pooled(nn.Module):
 def _ask(captions: Sequence[int], draw: np.random.Generator) -> int:
     if len(captions) == 1 or draw.random() < MAIN_CAPTION:
         return captions[0]
-    return captions[draw.integers(1, len(captions))]
+    return captions[int(draw.integers(1, len(captions)))]
 
 
 def _dropped(meaning: Meaning, pooled: Tensor) -> Tensor:
