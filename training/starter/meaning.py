@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 
+from training.export.graphs import export_graph
 from training.starter import clipart, visual
 from training.starter.captioned import Captioned, clip_art, emoji_names, held_out_concept, icons, slug
-from training.export.graphs import export_graph
 from training.starter.towers import SIZE, ImageNetwork, Meaning
 
 __all__ = ["FITTED", "SHARE", "fit", "learnable", "load", "view"]
@@ -173,7 +173,9 @@ def load() -> Meaning:
 def features(network: ImageNetwork, drawings: Sequence[Captioned]) -> NDArray[np.float16]:
     """Pooled features [drawings, views, features] of each drawing as it is and altered."""
     example = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8)
-    graph = export_graph(_Pooled(network), example, "pixels", {0: ("batch", 4096)}, ("batch", "features"))
+    graph = export_graph(
+        _Pooled(network), example, "pixels", {0: ("batch", 4096)}, {"pooled": ("batch", 1280)}
+    )
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     draw = random.Random(0)  # noqa: S311 -- a fixed draw is the point
     rows = []
