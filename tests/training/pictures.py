@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["QUICK", "write_pictures"]
+from training.methods import METHODS
+
+__all__ = ["QUICK", "quick", "write_pictures"]
 
 QUICK = {
     "backbone": "test_resnet",
@@ -19,6 +21,23 @@ QUICK = {
     "holdout": "0.2",
 }
 """Settings of a run of eight steps that takes about a second."""
+
+
+def quick(method: str, **settings: object) -> dict[str, str]:
+    """Settings of a short run; methods for vision transformers get one."""
+    given = dict(QUICK)
+    if METHODS[method].backbone_kind == "vit":
+        given["backbone"] = "test_vit/4"
+    small = {
+        "output_dim",
+        "hidden_dim",
+        "projection_dim",
+        "predictor_dim",
+        "prediction_dim",
+        "bottleneck_dim",
+    }
+    options = set(METHODS[method].Options.__dataclass_fields__)
+    return given | dict.fromkeys(small & options, "32") | {key: str(value) for key, value in settings.items()}
 
 
 def write_pictures(folder: Path, *, classes: int = 2, each: int = 20, size: int = 32, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from embedserve.errors import BadRequest, Conflict, EmbedServeError, InvalidField, NotFound
-from tests.training.pictures import QUICK, write_pictures
+from tests.training.pictures import QUICK, quick, write_pictures
 from training import train as loop
 from training.checkpoint import Checkpoints, load
 from training.methods import METHODS
@@ -34,23 +34,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 class Killed(BaseException):
     """What a kill -9 looks like from inside: nothing catches it."""
-
-
-def quick(method: str, **settings: object) -> dict[str, str]:
-    """Settings of a short run; methods for vision transformers get one."""
-    given = dict(QUICK)
-    if METHODS[method].backbone_kind == "vit":
-        given["backbone"] = "test_vit/4"
-    small = {
-        "output_dim",
-        "hidden_dim",
-        "projection_dim",
-        "predictor_dim",
-        "prediction_dim",
-        "bottleneck_dim",
-    }
-    options = set(METHODS[method].Options.__dataclass_fields__)
-    return given | dict.fromkeys(small & options, "32") | {key: str(value) for key, value in settings.items()}
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
