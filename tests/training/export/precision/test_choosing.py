@@ -118,6 +118,15 @@ def test_float16_computes_the_same_vectors_to_three_digits(tmp_path: Path) -> No
     assert chosen.path.stat().st_size < 0.6 * path.stat().st_size
 
 
+def test_float16_keeps_gelu_in_float32_without_which_vit_b_32_crashes_on_loading(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 64), nn.GELU(), nn.Linear(64, 64))
+    chosen = choose(graph(tmp_path, network), "fp16", pictures(), tmp_path)
+    gelus = [node for node in onnx.load(chosen.path).graph.node if node.op_type == "Gelu"]
+    assert len(gelus) == 1
+    assert "cast" in gelus[0].input[0]  # brought back to float32 just before
+    assert chosen.figures["float16"]["min_cosine"] > 0.9999
+
+
 def test_float32_is_left_as_it_is(tmp_path: Path) -> None:
     path = graph(tmp_path, Patches())
     assert choose(path, "fp32", pictures(), tmp_path).path == path
