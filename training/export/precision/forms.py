@@ -103,8 +103,8 @@ def _float16(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> N
         )
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    # Loading open_clip's ViT-B-32 with its Gelu in float16 ends the process by SIGSEGV (ONNX Runtime 1.31.1 on
-    # a CPU, all optimizations on, as by default); with Gelu in float32 it loads, and its cosine is 1.0000.
+    # Loading open_clip's ViT-B-32 with its Gelu in float16 ends the process by SIGSEGV (ONNX Runtime 1.31.1
+    # on a CPU, all optimizations on, as by default); with Gelu in float32 it loads, at a cosine of 1.0000.
     in_float = [*DEFAULT_OP_BLOCK_LIST, "Gelu"]
     with _quietly():
         model: Any = convert_float_to_float16(onnx.load(path), keep_io_types=True, op_block_list=in_float)
