@@ -10,6 +10,7 @@ from training.backbones import starting
 from training.backbones.base import Backbone
 from training.backbones.convolutional import RESNETS, Convolutional, ResNet, is_resnet, stem_for
 from training.backbones.loading import load
+from training.backbones.open_clip import PREFIX, OpenClipImages, file_for, kind_of_open_clip
 from training.backbones.vision_transformer import (
     VisionTransformer,
     check_size,
@@ -61,14 +62,15 @@ def build(
     Args:
         name: A ResNet of torchvision's (`resnet18`) or of another width (`resnet50x2`; more are in
             `training.backbones.widened`), a vision transformer with its patch size
-            (`vit_small/16`; any of timm's as `NAME/patch`), or any other name of timm's, also as `timm:NAME`.
+            (`vit_small/16`; any of timm's as `NAME/patch`), the image tower of an open_clip model
+            (`open_clip:ViT-B-32`), or any other name of timm's, also as `timm:NAME`.
             "" takes the network that `start` says it is for.
         size: Pixels of a side. It decides a ResNet's stem (`stem_for`) and a transformer's positions; images
             of other sizes can be passed nevertheless.
         start: "" for random weights from torch's global generator; "imagenet" for the library's published
             weights; "starter" for the image tower of the starter bundle; "published:NAME" for a checkpoint of
             `training.published`; else a run's folder, a checkpoint, or a file of weights under torchvision's
-            or timm's names. What was decided on the way (a stem
+            or timm's names; for an open_clip model also one of its tags. What was decided on the way (a stem
             kept, positions resampled, a head left out) is in the encoder's `notes`.
         mask_token: Gives a vision transformer a learned token that replaces masked patches; it starts at 0.
         freeze_patch_embedding: The patch projection is never trained (MoCo v3, section 4.2). Without `start`,
@@ -84,6 +86,8 @@ def build(
         BadRequest: `start` is a file that cannot be read as weights.
         BundleError: The starter's weights are not installed.
     """
+    if start and name.startswith(PREFIX):
+        start = file_for(name, start)
     pretrained = start == starting.IMAGENET
     weights = starting.read(start) if start and not pretrained else None
     if weights is not None:
@@ -95,6 +99,10 @@ def build(
         backbone = ResNet(name, stem_for(size))
         if pretrained:
             weights = starting.read_torchvision(name)
+    elif name.startswith(PREFIX):
+        _refuse_transformer_options(name, mask_token, freeze_patch_embedding, sincos_positions)
+        _refuse_drop_path(name, drop_path)
+        backbone = OpenClipImages(name, size)
     else:
         library_name, options = _find_in_timm(name)
         if drop_path:
@@ -139,8 +147,12 @@ def default_backbone(size: int, kind: Literal["conv", "vit"] = "conv", *, on_gpu
 
 def kind_of(name: str, start: str = "") -> Literal["conv", "vit"]:
     """What `build(name, …, start=start)` gives. Raises as `build` does for an unknown name or start."""
+    if name.startswith(PREFIX):
+        return kind_of_open_clip(name)
     if start and start != starting.IMAGENET:
         name = starting.network_of(start, name)
+    if name.startswith(PREFIX):  # of a run
+        return kind_of_open_clip(name)
     return "conv" if is_resnet(name) or not _is_transformer(_find_in_timm(name)[0]) else "vit"
 
 

@@ -17,6 +17,7 @@ from embedserve.errors import InvalidField
 from training.backbones.base import Backbone
 from training.backbones.convolutional import ResNet, stem_of
 from training.backbones.starting import Weights
+from training.backbones.open_clip import OpenClipImages, fit_positions
 from training.backbones.vision_transformer import VisionTransformer
 
 __all__ = ["check_fit", "load"]
@@ -71,6 +72,8 @@ def load(backbone: Backbone, weights: Weights) -> None:
             )
             backbone.set_stem(stem)
             expected = dict(backbone.network.state_dict())
+    if isinstance(backbone, OpenClipImages) and (note := fit_positions(backbone, found)):
+        notes.append(note)
     if isinstance(backbone, VisionTransformer):
         notes += _fit_positions(backbone, found, as_dino=weights.positions == "dino")
         notes += _load_mask_token(backbone, token)

@@ -42,6 +42,8 @@ class Listing:
     """Whether `fetch` gives the bytes of files that are to be decoded, or pixels."""
     columns: Mapping[str, Column] = field(default_factory=dict)
     """What images can be labelled or grouped by."""
+    several: Mapping[str, Sequence[tuple[str, ...]]] = field(default_factory=dict)
+    """Columns in which an image may have several texts: all of each image's. `columns` has the first."""
     label: str = ""
     """The column that labels are taken from where nothing else is asked for."""
     group: str = ""
@@ -76,6 +78,12 @@ class Listing:
         alone = groups < 0
         groups[alone] = len(number) + np.arange(int(alone.sum()))
         return groups
+
+    def texts(self, column: str) -> list[tuple[str, ...]]:
+        """All texts of each image in a column that is there."""
+        if column in self.several:
+            return [tuple(texts) for texts in self.several[column]]
+        return [() if text is None else (text,) for text in self.columns[column]]
 
     def _column(self, name: str, param: str) -> Column | None:
         if not name:

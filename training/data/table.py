@@ -4,7 +4,8 @@
     shoes/17.jpg,boot,model-4,train
 
 `path` is relative to the list. `label`, `group` and `split` are used where they are there; any column can be
-asked for by `label_by` and `group_by`.
+asked for by `label_by` and `group_by`. An image has several captions where its path comes several times, each
+time with another caption, or where a cell of JSON or Parquet is a list of texts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import io
 import json
 import math
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,7 +28,10 @@ from training.data.listing import Column, Files, Listing, Skipped, is_test, name
 
 __all__ = ["is_table", "list_table"]
 
-Table = dict[str, Column]
+Cell = str | tuple[str, ...] | None
+"""A text, several of them, or nothing."""
+
+Table = dict[str, Sequence[Cell]]
 
 
 def is_table(path: Path) -> bool:
@@ -52,41 +57,85 @@ def list_table(path: Path) -> Listing:
         )
     if not table["path"]:
         raise BadRequest(f"'{path}' has no rows; give one per image.")
-    rows, files, stamps, skipped = _look_up(path, table["path"])
-    keys = [str(table["path"][row]) for row in rows]
-    columns: Table = {name: [column[row] for row in rows] for name, column in table.items() if name != "path"}
+    found = _look_up(path, [_first(cell) for cell in table["path"]])
+    rows = [own[0] for own in found.rows]
+    keys = [str(_first(table["path"][row])) for row in rows]
+    cells = {name: column for name, column in table.items() if name != "path"}
+    columns = {name: [_first(column[row]) for row in rows] for name, column in cells.items()}
+    several = {name: _all_texts(column, found.rows) for name, column in cells.items()}
+    several = {name: texts for name, texts in several.items() if any(len(one) > 1 for one in texts)}
     test = _tests(path, columns["split"]) if "split" in columns else None
     columns.setdefault("folder", [PurePosixPath(key).parent.as_posix() for key in keys])
     columns.setdefault("name", name_column(keys))
     return Listing(
         keys=keys,
-        stamps=np.array(stamps, np.int64),
-        fetch=Files(files),
+        stamps=np.array(found.stamps, np.int64),
+        fetch=Files(found.files),
         columns=columns,
+        several=several,
         label="label" if "label" in columns else "",
         group="group" if "group" in columns else "",
         test=test,
-        skipped=skipped,
+        skipped=[*found.skipped, *_repeated(found, keys, cells)],
     )
 
 
-def _look_up(
-    table: Path, paths: Column
-) -> tuple[list[int], list[Path], list[tuple[int, int]], list[Skipped]]:
+def _first(cell: Cell) -> str | None:
+    return cell[0] if isinstance(cell, tuple) else cell
+
+
+def _all_texts(column: Sequence[Cell], rows: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
+    """The different texts of each image, in the order of its rows."""
+    return [
+        tuple(dict.fromkeys(text for row in own for text in _texts(column[row])))
+        if len(own) > 1
+        else _texts(column[own[0]])
+        for own in rows
+    ]
+
+
+def _texts(cell: Cell) -> tuple[str, ...]:
+    return cell if isinstance(cell, tuple) else () if cell is None else (cell,)
+
+
+def _repeated(found: _Found, keys: Sequence[str], cells: Table) -> list[Skipped]:
+    """Rows that list an image again and do not add a text, such as another caption, in any column."""
+    return [
+        Skipped(key, f"listed again in row {row + 1}; the first one counts")
+        for key, own in zip(keys, found.rows, strict=True)
+        for row in own[1:]
+        if all(
+            set(_texts(column[row])) <= {text for other in own if other < row for text in _texts(column[other])}
+            for name, column in cells.items()
+            if name not in {"label", "group", "split"}
+        )
+    ]
+
+
+@dataclass(slots=True)
+class _Found:
+    """The images of a list whose files are there."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    """The rows of each; more than one where its path is repeated."""
+    files: list[Path] = field(default_factory=list)
+    stamps: list[tuple[int, int]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def _look_up(table: Path, paths: Column) -> _Found:
     """Which rows have a file, the file, its stamp; and the other rows."""
-    rows: list[int] = []
-    files: list[Path] = []
-    stamps: list[tuple[int, int]] = []
-    skipped: list[Skipped] = []
-    seen: set[str] = set()
+    found = _Found()
+    skipped = found.skipped
+    seen: dict[str, list[int]] = {}
     for row, name in enumerate(paths):
         if not name:
             skipped.append(Skipped(f"row {row + 1}", "its 'path' is empty"))
             continue
         if name in seen:
-            skipped.append(Skipped(name, f"listed again in row {row + 1}; the first one counts"))
+            seen[name].append(row)
             continue
-        seen.add(name)
+        seen[name] = [row]
         file = table.parent / name
         try:
             about = file.stat()
@@ -97,16 +146,16 @@ def _look_up(
         if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
             skipped.append(Skipped(name, "is not a file"))
             continue
-        rows.append(row)
-        files.append(file)
-        stamps.append((about.st_size, about.st_mtime_ns))
-    if not rows:
+        found.rows.append(seen[name])
+        found.files.append(file)
+        found.stamps.append((about.st_size, about.st_mtime_ns))
+    if not found.rows:
         raise NotFound(
             f"None of the {len(paths):,} images that '{table}' lists can be found below '{table.parent}': "
             f"{shown((f'{one.key}: {one.reason}' for one in skipped), most=3)}. "
             "Paths are relative to the list, or absolute."
         )
-    return rows, files, stamps, skipped
+    return found
 
 
 def _tests(path: Path, words: Column) -> NDArray[np.bool_]:
@@ -161,7 +210,7 @@ def _read_jsonl(path: Path) -> Table:
             raise BadRequest(f"'{path}', line {number} is not a JSON object.")
         rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [as_text(row.get(name)) for row in rows] for name in names}
+    return {name: [_as_cell(row.get(name)) for row in rows] for name in names}
 
 
 def _read_parquet(path: Path) -> Table:
@@ -177,7 +226,17 @@ def _read_parquet(path: Path) -> Table:
     except (ArrowException, OSError) as error:
         raise BadRequest(f"'{path}' cannot be read as Parquet: {str(error).splitlines()[0]}.") from None
     columns = zip(table.column_names, table.columns, strict=True)
-    return {name: [as_text(value) for value in column.to_pylist()] for name, column in columns}
+    return {name: [_as_cell(value) for value in column.to_pylist()] for name, column in columns}
+
+
+def _as_cell(value: object) -> Cell:
+    return as_texts(value) or None if isinstance(value, list) else as_text(value)
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    """The texts of a list or of a single value, without what is empty or nested."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(text for text in map(as_text, values) if text is not None)
 
 
 def as_text(value: object) -> str | None:

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from embedserve.errors import BadRequest, NotFound
 from embedserve.folder import EXTENSIONS
 from training.data.listing import Column, Listing, Skipped, counted, name_column, shown
-from training.data.table import as_text
+from training.data.table import as_texts
 
 __all__ = ["expand", "is_webdataset", "list_webdataset"]
 
 MOST_TEXT = 2**20
-"""Bytes of a `.json` or `.cls` member; what is larger is no label."""
+"""Bytes of a `.json`, `.cls` or `.txt` member; what is larger is no label and no caption."""
 
 
 def is_webdataset(path: Path) -> bool:
@@ -44,8 +44,8 @@ def is_webdataset(path: Path) -> bool:
 def list_webdataset(path: Path) -> Listing:
     """Finds the images in a tar, a folder of tars or a pattern such as `shard-{000..009}.tar`.
 
-    The columns are `cls`, the fields of `.json` members that are text or numbers, `name`, and `folder` where
-    members lie in folders. The label is `cls`, or else the field `label`. A tar that is damaged gives the
+    The columns are `cls`, `txt` (a caption a line), the fields of `.json` members that are text, numbers or
+    lists of them, `name`, and `folder` where members lie in folders. The label is `cls`, or else the field `label`. A tar that is damaged gives the
     images before the damage and is listed as skipped.
 
     Raises NotFound for tars that are missing, BadRequest when there is no image in them.
@@ -87,7 +87,7 @@ class _Member:
     offset: int
     size: int
     text: bytes = b""
-    """The content of what may hold a label."""
+    """The content of what may hold a label or a caption."""
 
     @property
     def sample(self) -> str:
@@ -108,7 +108,7 @@ def _members(path: Path) -> Iterator[_Member]:
             if not info.isreg() or PurePosixPath(name).name.startswith("."):
                 continue
             text = b""
-            if name.endswith((".cls", ".json")) and info.size <= MOST_TEXT:
+            if name.endswith((".cls", ".json", ".txt")) and info.size <= MOST_TEXT:
                 member = tar.extractfile(info)
                 text = member.read() if member else b""
             yield _Member(name, info.offset_data, info.size, text)
@@ -147,7 +147,7 @@ class _Found:
     members: list[str] = field(default_factory=list)
     places: list[tuple[int, int, int]] = field(default_factory=list)
     modified: list[int] = field(default_factory=list)
-    fields: list[dict[str, str | None]] = field(default_factory=list)
+    fields: list[dict[str, tuple[str, ...]]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     ignored: int = 0
     """Samples without an image."""
@@ -178,7 +178,10 @@ class _Found:
     def listing(self) -> Listing:
         places = np.array(self.places, np.int64)
         names = dict.fromkeys(name for fields in self.fields for name in fields)
-        columns: dict[str, Column] = {name: [fields.get(name) for fields in self.fields] for name in names}
+        several = {name: [fields.get(name, ()) for fields in self.fields] for name in names}
+        columns: dict[str, Column] = {
+            name: [texts[0] if texts else None for texts in column] for name, column in several.items()
+        }
         if any("/" in member for member in self.members):
             columns.setdefault("folder", [PurePosixPath(one).parent.as_posix() for one in self.members])
         columns.setdefault("name", name_column(self.members))
@@ -187,6 +190,9 @@ class _Found:
             stamps=np.stack([places[:, 2], np.array(self.modified, np.int64)], axis=1),
             fetch=_Places(self.tars, places),
             columns=columns,
+            several={
+                name: column for name, column in several.items() if any(len(texts) > 1 for texts in column)
+            },
             label=next((name for name in ("cls", "label") if name in columns), ""),
             skipped=self.skipped,
             ignored=self.ignored,
@@ -205,15 +211,17 @@ class _Found:
         )
 
 
-def _fields(members: Iterable[_Member]) -> dict[str, str | None]:
-    """What a sample's `.cls` and `.json` say. A damaged one says nothing."""
-    fields: dict[str, str | None] = {}
+def _fields(members: Iterable[_Member]) -> dict[str, tuple[str, ...]]:
+    """What a sample's `.cls`, `.txt` and `.json` say. A damaged one says nothing."""
+    fields: dict[str, tuple[str, ...]] = {}
     for member in members:
         if member.extension == "cls":
-            fields["cls"] = member.text.decode("utf-8", "replace").strip() or None
+            fields["cls"] = as_texts(member.text.decode("utf-8", "replace").strip())
+        elif member.extension == "txt":
+            fields["txt"] = as_texts(member.text.decode("utf-8", "replace").splitlines())
         elif member.extension == "json":
             with contextlib.suppress(ValueError):
                 parsed = json.loads(member.text)
                 if isinstance(parsed, dict):
-                    fields = {name: as_text(value) for name, value in parsed.items()} | fields
+                    fields = {name: as_texts(value) for name, value in parsed.items()} | fields
     return fields

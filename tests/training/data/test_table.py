@@ -98,9 +98,9 @@ def test_missing_repeated_and_empty_paths_are_skipped_and_reported(folder: Path)
     assert source.keys == ("p/a.png", "p/b.png")
     assert [(one.key, one.reason) for one in source.skipped] == [
         ("p/gone.png", "cannot be found: No such file or directory"),
-        ("p/a.png", "listed again in row 3; the first one counts"),
         ("row 4", "its 'path' is empty"),
         ("p", "is not a file"),
+        ("p/a.png", "listed again in row 3; the first one counts"),
     ]
     assert source.remarks()[0].startswith("4 images cannot be used: 'p/gone.png: cannot be found")
 
