@@ -14,9 +14,11 @@ from torch import Tensor
 from training.augment import Plan, augment, plan
 from training.augment.drawing import shaped, uniforms
 from training.augment.recorded import RecordedViews
+from training.captions import Captions
 from training.data import EpochOrder, Partners, Pixels
 from training.data.ahead import in_order
 from training.distributed import rank, world_size
+from training.method import Texts
 from training.seeding import generator
 from training.views import View
 
@@ -37,6 +39,8 @@ class Part:
     ids: Tensor
     last: bool
     """Whether the step's batch is complete with this part."""
+    texts: Texts | None = None
+    """A caption of each image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class _Work:
     """A plan for each view; for a GPU what `RecordedViews` takes."""
     ids: Tensor
     last: bool
+    texts: Texts | None
 
 
 class Batches:
@@ -65,6 +70,7 @@ class Batches:
         seed: The run's.
         groups: Whether partners are drawn from groups.
         compile: Whether a GPU makes views with compiled code.
+        captions: Of all images, where they are learned from.
     """
 
     def __init__(
@@ -78,8 +84,9 @@ class Batches:
         seed: int,
         groups: bool,
         compile: bool = False,
+        captions: Captions | None = None,
     ) -> None:
-        self.pixels, self.rows, self.views = pixels, rows, views
+        self.pixels, self.rows, self.views, self.captions = pixels, rows, views, captions
         self.batch_size, self.parts, self.seed = batch_size, parts, seed
         self.order = EpochOrder(len(rows), batch_size, seed)
         group = pixels.source.groups
@@ -133,14 +140,21 @@ class Batches:
         aspect = torch.from_numpy(self.pixels.aspect[self.rows])
         of = {"image": aspect[chosen], "partner": aspect[partners]}
         ids = chosen if self._groups is None else self._groups[chosen]
+        said = None if self.captions is None else self.captions.drawn(self.rows[chosen], step)
         works = []
         for part in range(self.parts):
             mine = self._mine(part)
             drawn = self._drawn(
                 [values[mine] for values in uniform], [of[view.of][mine] for view in self.views]
             )
-            works.append(_Work(drawn, self.pixels.sendable(ids[mine]), last=part == self.parts - 1))
+            texts = None if said is None else self._texts(said[mine])
+            works.append(_Work(drawn, self.pixels.sendable(ids[mine]), part == self.parts - 1, texts))
         return works
+
+    def _texts(self, said: NDArray[np.int64]) -> Texts | None:
+        if self.captions is None:
+            return None
+        return Texts(self.pixels.sendable(self.captions.tokens(said)), self.pixels.sendable(said))
 
     def _drawn(self, uniform: Sequence[Tensor], aspects: Sequence[Tensor]) -> list[Plan] | Tensor:
         if self._recorded is not None:
@@ -157,4 +171,8 @@ class Batches:
             views = self._recorded(of, work.drawn)
         else:
             views = [augment(of[view.of], one) for view, one in zip(self.views, work.drawn, strict=True)]
-        return Part(views, work.ids.to(pixels.device, non_blocking=True), work.last)
+        there = pixels.device
+        texts = work.texts and Texts(
+            work.texts.tokens.to(there, non_blocking=True), work.texts.ids.to(there, non_blocking=True)
+        )
+        return Part(views, work.ids.to(there, non_blocking=True), work.last, texts)

@@ -34,12 +34,12 @@ def in_chunks(network: nn.Module, batch: Tensor, chunk: int) -> Tensor:
         whole: Tensor = network(batch)
         return whole
     if not torch.is_grad_enabled() or not any(one.requires_grad for one in network.parameters()):
-        return torch.cat([network(rows) for rows in batch.split(chunk)])
+        return torch.cat([network(rows) for rows in torch.split(batch, chunk)])
     contexts = partial(_contexts, network)
     return torch.cat(
         [
             checkpoint(network, rows, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
-            for rows in batch.split(chunk)
+            for rows in torch.split(batch, chunk)
         ]
     )
 

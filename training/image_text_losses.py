@@ -56,6 +56,7 @@ def siglip_loss(
     image_ids: Tensor,
     text_ids: Tensor,
     scale: Tensor,
+    *,
     bias: Tensor,
 ) -> Tensor:
     """−log σ(±(scale · cosine + bias)), summed over this rank's images with the captions of all ranks, ÷ B.

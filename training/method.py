@@ -13,6 +13,7 @@ The loop (`training.train`) owns the rest once: precision, optimiser, accumulati
       .after_step(now)            that, and the queues
       .encoder, .embed(images)    what is evaluated and exported
       .projection                 what followed it in the loss
+      .texts, .text_vectors()     the other side, where a method is `captioned`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,10 @@ from training.queue import FeatureQueue
 from training.schedules import Now, Schedule
 from training.views import SMALL_IMAGE, Augmentation, View
 
-__all__ = ["Batch", "Facts", "Losses", "Method", "MethodOptions", "ParameterRule", "Recipe"]
+if TYPE_CHECKING:
+    from training.text import TextTower
+
+__all__ = ["Batch", "Facts", "Losses", "Method", "MethodOptions", "ParameterRule", "Recipe", "Texts"]
 
 Losses = dict[str, Tensor]
 """Scalars by name. 'loss' is minimised; the others are logged."""
@@ -93,7 +97,7 @@ BOUNDS: tuple[tuple[str, tuple[float, float]], ...] = (
         (0, math.inf),
     ),
     (r"temperature|^(epsilon|redundancy|loss_scale)$", (1e-6, math.inf)),
-    (r"momentum|_min$|_max$|_least$|_most$|_split$|_decay$", (0, 1)),
+    (r"momentum|_min$|_max$|_least$|_most$|_split$|_decay$|_smoothing$", (0, 1)),
     (r"_dim$|_size$|_layers$|_iterations$|^prototypes$", (1, math.inf)),
 )
 """What the name of an option says of its value: the first pattern that fits counts."""
@@ -122,6 +126,16 @@ class MethodOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Texts:
+    """A caption of each image of a batch."""
+
+    tokens: Tensor
+    """int64 [B, length], padded as the method's text tower wants it."""
+    ids: Tensor
+    """int64 [B]: one number for each wording."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What one call of `Method.loss` sees on one rank."""
 
@@ -132,6 +146,8 @@ class Batch:
     now: Now
     values: Mapping[str, float] = field(default_factory=dict)
     """Value of each of the method's schedules at this step."""
+    texts: Texts | None = None
+    """A caption of each image, for methods that are `captioned`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +173,7 @@ class Method(nn.Module, ABC, Generic[S]):
         paper: Authors, year and arXiv number.
         summary: One line for `embedserve train --list`.
         backbone_kind: Which default backbone it takes.
+        captioned: Whether it learns from captions.
         Options: Its settings.
         backbone: The network that learns.
     """
@@ -164,6 +181,7 @@ class Method(nn.Module, ABC, Generic[S]):
     paper: ClassVar[str]
     summary: ClassVar[str]
     backbone_kind: ClassVar[Literal["conv", "vit"]] = "conv"
+    captioned: ClassVar[bool] = False
     Options: ClassVar[type[MethodOptions]]
 
     def __init__(self, backbone: Backbone, options: S, facts: Facts) -> None:
@@ -180,6 +198,11 @@ class Method(nn.Module, ABC, Generic[S]):
     def backbone_options(cls, facts: Facts) -> Mapping[str, bool]:
         """Keyword arguments for `training.backbones.build` that it needs, such as a mask token."""
         return {}
+
+    @classmethod
+    def augmentation(cls, facts: Facts) -> Augmentation:
+        """How strongly views differ unless the user says otherwise."""
+        return Augmentation.suited_to(facts.size)
 
     @classmethod
     @abstractmethod
@@ -237,6 +260,29 @@ class Method(nn.Module, ABC, Generic[S]):
         """Features for transfer: float [B, 3, H, W] → float [B, dim], not normalised."""
         features: Tensor = self.encoder(images)
         return features
+
+    # What only methods that are `captioned` need:
+
+    @property
+    def texts(self) -> TextTower | None:
+        """The text tower."""
+        return None
+
+    def text_vectors(self, tokens: Tensor) -> Tensor:
+        """int64 [B, length] → vectors [B, length] that are compared with those of `embed`."""
+        raise NotImplementedError
+
+    def carried(self) -> dict[str, Any]:
+        """Plain values that a checkpoint needs to build the networks again, beside the settings."""
+        return {}
+
+    def begin_from(self, start: str) -> None:
+        """Takes what the weights that the run starts from have beside the backbone."""
+
+    @property
+    def replayable(self) -> bool:
+        """Whether calls of the backbone may be recorded and replayed (`training.recording`)."""
+        return True
 
     @property
     def local_batch_norm(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre, evaluation_share
+from training.captions import Captions
 from training.data import Pixels
 from training.evaluate.knn import knn_accuracy
+from training.evaluate.ranking import recall, same
 from training.method import Method
 from training.watch import feature_statistics
 
 __all__ = ["Measured", "OnlineEvaluation", "evaluation_views"]
 
 MOST_BANK, MOST_QUERIES, BATCH = 20_000, 5_000, 256
+RETRIEVAL = ("image_to_text", "text_to_image")
 NEIGHBOURS = 20
 """k, as Wu et al. 2018 and DINO's evaluation use; at most half the bank."""
 
@@ -28,14 +33,19 @@ class Measured:
     """One measurement: figures for the log, and the features they came from."""
 
     figures: dict[str, float]
-    """feature_std, feature_rank, and knn where there are labels and held-out images."""
+    """feature_std, feature_rank, and of held-out images knn where there are labels, image_to_text and
+    text_to_image where there are captions."""
     bank: Tensor
     queries: Tensor
 
-    @property
-    def score(self) -> float | None:
-        """What the best checkpoint is chosen by; None where nothing was held out."""
-        return self.figures.get("knn")
+
+def score(figures: Mapping[str, float]) -> float:
+    """What the best checkpoint is chosen by: retrieval both ways where there are captions, else k-NN.
+
+    NaN where nothing was held out.
+    """
+    both = [figures[name] for name in RETRIEVAL if name in figures]
+    return sum(both) / len(both) if both else figures.get("knn", math.nan)
 
 
 class OnlineEvaluation:
@@ -46,13 +56,21 @@ class OnlineEvaluation:
         train, heldout: int64 rows of them.
         size: Pixels of a side of the view.
         seed: Draws which rows are taken when there are more.
+        captions: Of all images: images are then looked for by their captions, and the other way round.
     """
 
     def __init__(
-        self, pixels: Pixels, train: NDArray[np.int64], heldout: NDArray[np.int64], *, size: int, seed: int
+        self,
+        pixels: Pixels,
+        train: NDArray[np.int64],
+        heldout: NDArray[np.int64],
+        *,
+        size: int,
+        seed: int,
+        captions: Captions | None = None,
     ) -> None:
         chance = np.random.default_rng(seed)
-        self.pixels, self.size = pixels, size
+        self.pixels, self.size, self.captions = pixels, size, captions
         self.bank = np.sort(chance.permutation(train)[:MOST_BANK])
         self.queries = np.sort(chance.permutation(heldout)[:MOST_QUERIES])
 
@@ -74,9 +92,10 @@ class OnlineEvaluation:
         method.eval()
         try:
             bank, queries = self._embed(method, self.bank), self._embed(method, self.queries)
+            found = self._retrieval(method, queries)
         finally:
             method.train(training)
-        figures = feature_statistics(bank)
+        figures = feature_statistics(bank) | found
         if self.labelled:
             figures["knn"] = self._knn(bank, queries)
         return Measured(figures, bank, queries)
@@ -87,6 +106,25 @@ class OnlineEvaluation:
             for start in range(0, len(rows), BATCH)
         ]
         return torch.cat(features) if features else torch.zeros(0, 1, device=self.pixels.device)
+
+    def _retrieval(self, method: Method[Any], queries: Tensor) -> dict[str, float]:
+        """R@1 both ways among the held-out images and the first caption of each."""
+        if self.captions is None or len(self.queries) < 2:
+            return {}
+        ids = self.captions.first(self.queries)
+        texts = torch.cat(
+            [
+                method.text_vectors(
+                    torch.from_numpy(self.captions.tokens(ids[start : start + BATCH])).to(queries.device)
+                ).float()
+                for start in range(0, len(ids), BATCH)
+            ]
+        )
+        right = same(torch.from_numpy(ids).to(queries.device))
+        return {
+            name: float(recall(one, other, right, (1,))[0])
+            for name, one, other in zip(RETRIEVAL, (queries, texts), (texts, queries), strict=True)
+        }
 
     def _knn(self, bank: Tensor, queries: Tensor) -> float:
         labels = torch.from_numpy(self.pixels.source.labels).to(bank.device)

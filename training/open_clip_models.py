@@ -30,7 +30,8 @@ def create(architecture: str, **options: Any) -> Any:
     open_clip = library()
     if architecture not in open_clip.list_models():
         raise InvalidField(
-            f"open_clip has no architecture '{architecture}'; {closest(architecture, open_clip.list_models())}",
+            f"open_clip has no architecture '{architecture}'; "
+            f"{closest(architecture, open_clip.list_models())}",
             param="backbone",
         )
     try:
@@ -63,8 +64,8 @@ def file_of(start: str, architecture: str) -> Path:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, start)))
     except Exception as error:
         raise EmbedServeError(
-            f"open_clip could not fetch '{architecture}/{start}' ({one_line(error)}). Connect to the network, or "
-            "give the file of the weights as start.",
+            f"open_clip could not fetch '{architecture}/{start}' ({one_line(error)}). Connect to the "
+            "network, or give the file of the weights as start.",
             code="not_fetched",
         ) from error
 
@@ -86,8 +87,8 @@ def load(model: nn.Module, start: str, architecture: str) -> None:
         library().load_checkpoint(model, str(path))
     except Exception as error:  # noqa: BLE001 -- what torch, safetensors and open_clip raise shares no base
         raise InvalidField(
-            f"'{start}' does not fit open_clip's '{architecture}' ({one_line(error)}). Give a checkpoint of that "
-            "architecture, saved by open_clip.",
+            f"'{start}' does not fit open_clip's '{architecture}' ({one_line(error)}). Give a checkpoint of "
+            "that architecture, saved by open_clip.",
             param="start",
         ) from None
 

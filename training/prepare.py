@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from embedserve.errors import BadRequest, InvalidField
+from training.captions import Captions
+from training.captions.wording import CaptionRules
 from training.config import TrainConfig
 from training.data import Pixels, Residence, native_size, open_pixels, open_source, split
 from training.distributed import in_turn, world_size
+from training.method import Method
+from training.methods import find
 from training.settings import DataFacts, Settings, image_sizes, resolve, typed_value
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "caption_rules", "prepare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,13 @@ class Prepared:
     def grouped(self) -> bool:
         return self.settings.facts.groups
 
+    def captions_for(self, method: Method[Any]) -> Captions | None:
+        """The captions of all images as tokens of the method's text tower; None where it has none."""
+        said, tower = self.pixels.source.captions, method.texts
+        if tower is None or said is None:
+            return None
+        return Captions(said, tower.rules, self.settings.config.seed)
+
     def about_data(self) -> dict[str, Any]:
         """What config.json says of the data."""
         return {
@@ -46,6 +57,7 @@ class Prepared:
             "native_size": self.native_size,
             "skipped": [{"key": one.key, "reason": one.reason} for one in self.pixels.skipped],
             "fingerprint": self.pixels.fingerprint,
+            **({"captions": dict(self.pixels.source.captions_from)} if self.pixels.source.captions else {}),
         }
 
 
@@ -69,7 +81,8 @@ def prepare(
 
     on_gpu = device.type == "cuda"
     group_by = wanted("group_by", "")
-    source = open_source(data, group_by=group_by, label_by=wanted("label_by", ""))
+    captions = caption_rules(find(method), given)
+    source = open_source(data, group_by=group_by, label_by=wanted("label_by", ""), captions=captions)
     native = native_size(source)
     _, stored_size = image_sizes(given, native, on_gpu=on_gpu)
     folder = wanted("cache_folder", "")
@@ -95,6 +108,20 @@ def prepare(
     settings = resolve(method, data, given, known)
     _check_ranks(settings.config)
     return Prepared(pixels, train, heldout, settings, native)
+
+
+def caption_rules(method: type[Method[Any]], given: Mapping[str, str]) -> CaptionRules | None:
+    """Where a method's captions are, from its options; None for one that learns from images alone."""
+    if not method.captioned:
+        return None
+
+    def wanted(key: str) -> Any:
+        default = next(one.default for one in fields(method.Options) if one.name == key)
+        return typed_value(method.Options, key, given[key]) if key in given else default
+
+    return CaptionRules(
+        by=wanted("captions"), templates=tuple(wanted("templates").split("|")), filter=wanted("filter")
+    )
 
 
 def _check_ranks(config: TrainConfig) -> None:

@@ -88,22 +88,25 @@ def open_run(path: Path | str, device: torch.device | str = "cpu") -> Trained:
     if "settings" not in state or "model" not in state:
         raise InvalidField(f"'{file}' is not a checkpoint of `embedserve train`.", param="run")
     settings = Settings.from_json(state["settings"])
-    method = build_method(settings, start=str(file))
+    method = build_method(settings, start=str(file), carried=state.get("carried"))
     method.load_state_dict(state["model"])
     folder = file.parent.parent if (file.parent.parent / CONFIG).exists() else None
     return Trained(method.to(device).eval(), settings, int(state["step"]), file, folder)
 
 
-def build_method(settings: Settings, *, start: str) -> Method[Any]:
+def build_method(settings: Settings, *, start: str, carried: Mapping[str, Any] | None = None) -> Method[Any]:
     """The method with the backbone that the settings name, in training mode on the CPU.
 
     Args:
         start: Weights that the backbone starts from, as `training.backbones.build` takes them.
+        carried: What the checkpoint has of `Method.carried`; None for a new run.
     """
     kind = find(settings.config.method)
     backbone = build(
         settings.config.backbone, settings.config.size, start=start, **kind.backbone_options(settings.facts)
     )
+    if carried:
+        return kind(backbone, settings.options, settings.facts, carried=carried)  # type: ignore[call-arg]
     return kind(backbone, settings.options, settings.facts)
 
 

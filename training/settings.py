@@ -229,7 +229,7 @@ def resolve(method: str, data: str, given: Mapping[str, str], known: DataFacts) 
     if config.start:
         suited = dataclasses.replace(suited, lr=suited.lr * LR_FROM_WEIGHTS)
     recipe = build(Recipe, suited)
-    augmentation = build(Augmentation, Augmentation.suited_to(config.size))
+    augmentation = build(Augmentation, kind.augmentation(facts))
     options = build(kind.Options, kind.Options.suited_to(facts))
     settings = Settings(config, recipe, augmentation, options, facts)
     classes = (TrainConfig, Recipe, Augmentation, kind.Options)

@@ -8,6 +8,7 @@ Several GPUs or machines: `torchrun --nproc-per-node N -m embedserve train …`;
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from training.config import TrainConfig
 from training.distributed import agreed, any_rank, is_main, process_group, rank, synchronize, world_size
 from training.method import Batch
 from training.methods import find
-from training.online import OnlineEvaluation
+from training.online import OnlineEvaluation, score
 from training.optim import build_optimizer, set_rates
 from training.pictures import draw_neighbours, draw_views
 from training.precision import Precision
@@ -120,7 +121,13 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
 
     # --------------------------------------------------------------------------------------- networks
     seed_everything(settings.config.seed, WEIGHTS)
-    method = build_method(settings, start=settings.config.start if latest is None else str(latest))
+    method = build_method(
+        settings,
+        start=settings.config.start if latest is None else str(latest),
+        carried=None if state is None else state.get("carried"),
+    )
+    if state is None and settings.config.start:
+        method.begin_from(settings.config.start)
     settings = replace(settings, config=replace(settings.config, backbone=method.backbone.name))
     config, recipe = settings.config, settings.recipe
     record = {
@@ -144,7 +151,8 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         for module in method.modules():
             if isinstance(module, Backbone):  # the momentum encoder's too
                 module.compile()
-    recordings = record_backbones(method) if config.cuda_graphs and _alone_on_gpu(device) else None
+    replayed = config.cuda_graphs and method.replayable and _alone_on_gpu(device)
+    recordings = record_backbones(method) if replayed else None
     network: nn.Module = method
     if world_size() > 1:
         network = DistributedDataParallel(method, forward_sync_buffers=False)
@@ -160,6 +168,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
 
     # ---------------------------------------------------------------------------------------- batches
     steps = config.epochs * facts.steps_per_epoch
+    captions = prepared.captions_for(method)
     batches = Batches(
         prepared.pixels,
         prepared.train,
@@ -169,11 +178,17 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         seed=config.seed,
         groups=facts.groups,
         compile=config.compile,
+        captions=captions,
     )
 
     # --------------------------------------------------------------------------------------- watching
     online = OnlineEvaluation(
-        prepared.pixels, prepared.train, prepared.heldout, size=config.size, seed=config.seed
+        prepared.pixels,
+        prepared.train,
+        prepared.heldout,
+        size=config.size,
+        seed=config.seed,
+        captions=captions,
     )
     monitor = Monitor(method_name, classes=method.logit_count())
     figures: dict[str, float] = {}
@@ -181,7 +196,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         monitor.load_state_dict(state["monitor"])
         figures = dict(state["figures"])
         if is_main() and _is_better(figures, checkpoints.best_mark()):  # killed before it could be marked
-            checkpoints.mark_best(first_step, figures["knn"])
+            checkpoints.mark_best(first_step, score(figures))
     log = None
     if is_main():
         write_json(out / CONFIG, record)
@@ -204,6 +219,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
                 "model": method.state_dict(),
                 "encoder_prefix": encoder_prefix(method),
                 "backbone": describe(method.encoder),
+                "carried": method.carried(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "monitor": monitor.state_dict(),
@@ -231,7 +247,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
                     recordings.begin()
                 with contextlib.nullcontext() if part.last else _without_averaging(network):
                     with precision.autocast():
-                        losses = network(Batch(part.views, part.ids, now, values))
+                        losses = network(Batch(part.views, part.ids, now, values, part.texts))
                     scaler.scale(losses["loss"] / config.accumulate).backward()
                 monitor.see(losses)
 
@@ -269,7 +285,7 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
             if last or better or step % config.checkpoint_every == 0:
                 save(step)
                 if better:
-                    checkpoints.mark_best(step, figures["knn"])
+                    checkpoints.mark_best(step, score(figures))
     parts.close()
 
     # ----------------------------------------------------------------------------------------- the end
@@ -320,7 +336,7 @@ def _asked_to_stop(stop: threading.Event, step: int, every: int) -> bool:
 
 
 def _is_better(figures: Mapping[str, float], best: Best | None) -> bool:
-    return "knn" in figures and (best is None or figures["knn"] > best.score)
+    return not math.isnan(score(figures)) and (best is None or score(figures) > best.score)
 
 
 def _without_averaging(network: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """Which part of a tower learns: all of it, its last blocks, low-rank additions, or nothing.
 
-A locked tower is in evaluation mode for good: its batch norms keep their statistics and its dropout is off, as
-LiT has it (Zhai et al. 2022, appendix H).
+A locked tower is in evaluation mode for good: its batch norms keep their statistics and its dropout is off,
+as LiT has it (Zhai et al. 2022).
 
 LoRA (Hu et al. 2022) is written here in a few lines on torch's parametrizations. The library `peft` would do
 as well for linear layers, but open_clip's attention keeps its three projections in one weight, which peft
@@ -27,8 +27,8 @@ BLOCKS = ("blocks", "resblocks", "layers", "layer", "stages", "h")
 """What libraries call the list of a network's blocks."""
 RESNET = ("layer1", "layer2", "layer3", "layer4")
 AFTER = {
-    "norm", "fc_norm", "ln_final", "ln_post", "head_norm", "norm_head", "conv_head", "bn2", "proj", "projection",
-    "text_projection", "head", "last_norm",
+    "norm", "fc_norm", "ln_final", "ln_post", "head_norm", "norm_head", "conv_head", "bn2", "proj",
+    "projection", "text_projection", "head", "last_norm",
 }  # fmt: skip
 """What comes behind the blocks: it learns with the last of them."""
 
@@ -137,9 +137,7 @@ def add_low_rank(tower: nn.Module, rank: int) -> int:
 def merge_low_rank(tower: nn.Module) -> nn.Module:
     """Adds the additions to their matrices for good, in place: what exports and other runs take."""
     for module in list(tower.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        for name in [*module.parametrizations]:  # type: ignore[union-attr]
-            if isinstance(module.parametrizations[name][0], LowRank):  # type: ignore[index, union-attr]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        added: Any = getattr(module, "parametrizations", {})
+        for name in [one for one, steps in added.items() if isinstance(steps[0], LowRank)]:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return tower

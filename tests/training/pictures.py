@@ -37,6 +37,8 @@ def quick(method: str, **settings: object) -> dict[str, str]:
         "bottleneck_dim",
     }
     options = set(METHODS[method].Options.__dataclass_fields__)
+    if METHODS[method].captioned:
+        given |= {"text": "transformer/1x32", "shared_length": "32", "captions": "label"}
     return given | dict.fromkeys(small & options, "32") | {key: str(value) for key, value in settings.items()}
 
 

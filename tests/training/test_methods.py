@@ -15,7 +15,7 @@ from tests.training.ranks import on_ranks
 from tests.training.tiny import FACTS, batch_for, tiny_method
 from training.batch_norm import synchronize_batch_norms
 from training.distributed import rank, world_size
-from training.method import Batch, Method
+from training.method import Batch, Method, Texts
 from training.methods import METHODS, find
 from training.optim import build_optimizer, set_rates
 from training.seeding import seed_everything
@@ -41,9 +41,9 @@ def _steps(method: Method[Any], network: Any, optimizer: Any, recipe: Any, steps
         whole = batch_for(method, size=8, seed=step, step=step)
         share = slice(rank() * (8 // world_size()), (rank() + 1) * (8 // world_size()))
         kind = next(method.parameters()).dtype
-        batch = Batch(
-            [view[share].to(kind) for view in whole.views], whole.ids[share], whole.now, whole.values
-        )
+        texts = whole.texts and Texts(whole.texts.tokens[share], whole.texts.ids[share])
+        views = [view[share].to(kind) for view in whole.views]
+        batch = Batch(views, whole.ids[share], whole.now, whole.values, texts)
         set_rates(optimizer, recipe, batch.now, batch_size=8)
         seed_everything(0, step)
         loss = network(batch)["loss"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.backbones import Backbone, build
-from training.method import Batch, Facts, Method
+from training.method import Batch, Facts, Method, Texts
 from training.methods import find
 from training.schedules import Now
 from training.views import Augmentation
@@ -55,6 +55,8 @@ def tiny_method(name: str, *, facts: Facts = FACTS, seed: int = 0, **options: An
     )
     suited = kind.Options.suited_to(facts)
     small = {key: min(getattr(suited, key), 32) for key in dir(suited) if key.endswith("_dim")}
+    if kind.captioned:
+        small |= {"text": "transformer/1x32", "shared_length": 32}
     return kind(backbone, type(suited)(**{**_as_dict(suited), **small, **options}), facts)
 
 
@@ -75,10 +77,13 @@ def batch_for(
     """A batch of noise with the views that the method asks for."""
     generator = torch.Generator().manual_seed(seed)
     views = type(method).views(Augmentation(), method.options, facts)
+    images = [torch.randn(size, 3, view.size, view.size, generator=generator) for view in views]
+    words = torch.randint(1, 49_000, (size, 6), generator=generator)
     now = Now(step, facts.epochs * facts.steps_per_epoch, facts.steps_per_epoch)
     return Batch(
-        views=[torch.randn(size, 3, view.size, view.size, generator=generator) for view in views],
+        views=images,
         ids=torch.arange(size),
         now=now,
         values={name: schedule(now) for name, schedule in method.schedules().items()},
+        texts=Texts(words, torch.arange(size)) if method.captioned else None,
     )

@@ -47,7 +47,7 @@ TRANSFORMERS = ("vision_transformer", "deit")
 """timm's modules whose networks are its `VisionTransformer`."""
 
 
-def build(
+def build(  # noqa: PLR0912 -- a branch for each library, and for what each option means there
     name: str,
     size: int,
     *,

@@ -16,8 +16,8 @@ from torch import Tensor
 from embedserve.errors import InvalidField
 from training.backbones.base import Backbone
 from training.backbones.convolutional import ResNet, stem_of
-from training.backbones.starting import Weights
 from training.backbones.open_clip import OpenClipImages, fit_positions
+from training.backbones.starting import Weights
 from training.backbones.vision_transformer import VisionTransformer
 
 __all__ = ["check_fit", "load"]

@@ -51,7 +51,7 @@ class OpenClipImages(Backbone):
         if visual.proj is not None:
             pooled = pooled @ visual.proj
         height, width = visual.grid_size
-        return pooled, tokens.transpose(1, 2).unflatten(2, (height, width))
+        return pooled, tokens.transpose(1, 2).reshape(len(images), -1, height, width)
 
     def attention(self, images: Tensor) -> Tensor:
         from training.export.image_networks import open_clip_parts
@@ -60,7 +60,8 @@ class OpenClipImages(Backbone):
         if attention is None:
             return super().attention(images)
         weights: Tensor = attention(torch.addcmul(self.shift, images, self.factor))
-        return weights.float().unflatten(2, tuple(self.network.grid_size))
+        height, width = self.network.grid_size
+        return weights.float().reshape(len(images), -1, height, width)
 
 
 def _gives_tokens(visual: Any) -> bool:

@@ -179,6 +179,17 @@ def _bundle(folder: Path) -> Weights:
     )
 
 
+def checkpoint_of(start: str) -> Path | None:
+    """The checkpoint of a run that `start` names, by its folder or itself; None for other weights."""
+    path = Path(start).expanduser()
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        path = _checkpoint_of(path)
+    if not path.is_file():
+        return None
+    content = contents(path)
+    return path if isinstance(content, dict) and {"encoder_prefix", "model"} <= content.keys() else None
+
+
 def _checkpoint_of(folder: Path) -> Path:
     for name in ("best.pt", "last.pt"):
         path = folder / "checkpoints" / name

@@ -1,8 +1,8 @@
 """Captions: what is said about images, found beside them, cleaned, and drawn one for each image and step.
 
-    wording.py    where captions come from: files beside the images, a column, file names, class names
-    filters.py    what captions are left out, and how many
-    drawing.py    captions as token ids; which of an image's captions a step sees
+wording.py    where captions come from: files beside the images, a column, file names, class names
+filters.py    what captions are left out, and how many
+drawing.py    captions as token ids; which of an image's captions a step sees
 """
 
 from training.captions.drawing import Captions

@@ -47,14 +47,14 @@ class Captions:
             number.setdefault(text, len(number))
         self.texts = tuple(number)
         self.seed, self.rules = seed, rules
-        self.ids = np.fromiter(
-            (number[text] for text in itertools.chain.from_iterable(captions)), np.int64
-        )
+        self.ids = np.fromiter((number[text] for text in itertools.chain.from_iterable(captions)), np.int64)
         """The id of every caption, image after image."""
         self._count = np.fromiter(map(len, captions), np.int64, len(captions))
         self._start = np.cumsum(self._count) - self._count
         tokens = [
-            ids for at in range(0, len(self.texts), AT_ONCE) for ids in rules.encode(self.texts[at : at + AT_ONCE])
+            ids
+            for at in range(0, len(self.texts), AT_ONCE)
+            for ids in rules.encode(self.texts[at : at + AT_ONCE])
         ]
         self._length = np.fromiter(map(len, tokens), np.int64, len(tokens))
         self._begin = np.cumsum(self._length) - self._length
@@ -62,7 +62,9 @@ class Captions:
         rules.check(int(self._tokens.max(initial=0)))
         self.cut = int((self._length >= rules.context_length).sum()) if rules.context_length else 0
         known = len(self._tokens) or 1
-        self.unknown = float((self._tokens == rules.unknown_id).sum() / known) if rules.unknown_id >= 0 else 0.0
+        self.unknown = (
+            float((self._tokens == rules.unknown_id).sum() / known) if rules.unknown_id >= 0 else 0.0
+        )
 
     def __len__(self) -> int:
         """Images."""
@@ -92,7 +94,9 @@ class Captions:
     def tokens(self, ids: Rows) -> Rows:
         """Token ids of captions, int64 [B, length], filled up with the pad id as the text tower wants it."""
         length = self._length[ids]
-        padded = np.full((len(ids), self.rules.padded(int(length.max(initial=1)))), self.rules.pad_id, np.int64)
+        padded = np.full(
+            (len(ids), self.rules.padded(int(length.max(initial=1)))), self.rules.pad_id, np.int64
+        )
         place = np.arange(padded.shape[1])
         real = place < length[:, None]
         padded[real] = self._tokens[(self._begin[ids][:, None] + place)[real]]
@@ -103,16 +107,15 @@ class Captions:
         said = []
         if self.cut:
             said.append(
-                f"{self.cut:,} of {len(self.texts):,} captions fill the text tower's {self.rules.context_length} "
-                "tokens; what is longer is cut."
+                f"{self.cut:,} of {len(self.texts):,} captions fill the text tower's "
+                f"{self.rules.context_length} tokens; what is longer is cut."
             )
         if self.unknown > MUCH_UNKNOWN:
             said.append(
-                f"{self.unknown:.0%} of the captions' tokens are not in the text tower's vocabulary; it may not "
-                "know their language or script. Choose a text tower that does (text=hf:FOLDER)."
+                f"{self.unknown:.0%} of the captions' tokens are not in the text tower's vocabulary; it may "
+                "not know their language or script. Choose a text tower that does (text=hf:FOLDER)."
             )
         shared = len(self.ids) - len(self.texts)
         if shared:
             said.append(f"{shared:,} captions repeat one of another image; they count as right for both.")
         return said
-

@@ -14,13 +14,14 @@ Filter = Literal["none", "align"]
 FILTERS: tuple[str, ...] = get_args(Filter)
 
 LEAST_WORDS, MOST_WORDS, MOST_IMAGES = 3, 20, 10
-"""Of ALIGN (Jia et al. 2021, section 3): captions of fewer or more words, or shared by more images, are noise."""
+"""Of ALIGN (Jia et al. 2021, section 3): captions of fewer or more words, or of more images, are noise."""
 
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 """Thai, Lao, Japanese, Chinese and Korean, where a space does not end a word: each sign counts as one."""
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 NO_SENTENCE = re.compile(
-    r"(?i)^(https?://|www\.)\S+$|^\S+\.(jpe?g|png|gif|webp|tiff?|bmp)$|^(img|dsc|dscn|dcim|screenshot)[-_ ]?\d"
+    r"(?i)^(https?://|www\.)\S+$|^\S+\.(jpe?g|png|gif|webp|tiff?|bmp)$"
+    r"|^(img|dsc|dscn|dcim|screenshot)[-_ ]?\d"
 )
 """An address, a file's name, a camera's number."""
 

@@ -1,11 +1,11 @@
 """From what a data set says about its images to a list of captions for each.
 
-    ""         files beside the images (shoe.txt for shoe.jpg, a caption a line), else a column that is called
-               caption, captions, text, txt or description
-    "txt"      those files, or the column
-    "name"     the file's name: "red-boot_03.jpg" is "red boot"
-    "label"    the class's name in each of the templates: "a photo of a red boot"
-    COLUMN     any column of the list, or field of a WebDataset's JSON
+""         files beside the images (shoe.txt for shoe.jpg, a caption a line), else a column that is called
+           caption, captions, text, txt or description
+"txt"      those files, or the column
+"name"     the file's name: "red-boot_03.jpg" is "red boot"
+"label"    the class's name in each of the templates: "a photo of a red boot"
+COLUMN     any column of the list, or field of a WebDataset's JSON
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def worded(listing: Listing, rules: CaptionRules, name: str) -> Worded:
     captions, left_out = kept(found, rules.filter)
     rows = np.array([row for row, texts in enumerate(captions) if texts], np.int64)
     skipped = [
-        Skipped(listing.keys[row], "its captions were all left out" if found[row] else f"no caption in {origin}")
+        Skipped(
+            listing.keys[row], "its captions were all left out" if found[row] else f"no caption in {origin}"
+        )
         for row, texts in enumerate(captions)
         if not texts
     ]
@@ -103,8 +105,8 @@ def worded(listing: Listing, rules: CaptionRules, name: str) -> Worded:
     different = {text for texts in stay for text in texts}
     if len(different) < 2:
         raise BadRequest(
-            f"All images of '{name}' have the caption '{stay[0][0]}'; it cannot tell them apart. Give captions "
-            "that say what each image shows.",
+            f"All images of '{name}' have the caption '{stay[0][0]}'; it cannot tell them apart. Give "
+            "captions that say what each image shows.",
             param="captions",
         )
     return Worded(captions=stay, rows=rows, skipped=skipped, origin=origin, left_out=left_out)
@@ -126,8 +128,8 @@ def _finder(listing: Listing, rules: CaptionRules, name: str) -> tuple[str, Call
         if names:
             return "the class names", lambda: [_of_class(names, int(one), rules.templates) for one in labels]
         raise InvalidField(
-            f"captions=label, but '{name}' has no labels; put the images into a folder for each class, or name "
-            "a column that has captions.",
+            f"captions=label, but '{name}' has no labels; put the images into a folder for each class, or "
+            "name a column that has captions.",
             param="captions",
         )
     known = [one for one in columns if one not in {"folder", NAME}]
@@ -135,8 +137,7 @@ def _finder(listing: Listing, rules: CaptionRules, name: str) -> tuple[str, Call
     if not by:
         raise InvalidField(
             f"'{name}' has no captions: no .txt files beside the images and no column {', '.join(COLUMNS)}. "
-            f"Say where they are: {here}"
-            + (f", or a column: {', '.join(known)}." if known else "."),
+            f"Say where they are: {here}" + (f", or a column: {', '.join(known)}." if known else "."),
             param="captions",
         )
     raise InvalidField(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ from training.data.idx import is_idx, list_idx
 from training.data.listing import Fetch, Listing, Skipped, counted, shown
 from training.data.table import is_table, list_table
 from training.data.webdataset import is_webdataset, list_webdataset
+
+if TYPE_CHECKING:
+    from training.captions.wording import CaptionRules
 
 __all__ = ["LIMITS", "Source", "open_source"]
 
@@ -66,6 +70,10 @@ class Source:
     """What was found but cannot be used."""
     ignored: int = 0
     """Files that are no images."""
+    captions: tuple[tuple[str, ...], ...] | None = None
+    """[N], one or more for each image; None where nobody asked for them."""
+    captions_from: Mapping[str, Any] = field(default_factory=dict)
+    """Where captions came from, and how many were left out for which reason; JSON types."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,6 +87,8 @@ class Source:
         digest = hashlib.sha256("\0".join((*self.keys, "", *self.class_names)).encode())
         for part in (self.stamps[:, 0], self.labels, self.groups, self.test):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+        for texts in self.captions or ():
+            digest.update("\0".join((*texts, "\0")).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     @cached_property
@@ -102,6 +112,7 @@ class Source:
             test=self.test[rows],
             stamps=self.stamps[rows],
             fetch=fetch,
+            captions=None if self.captions is None else tuple(self.captions[row] for row in rows),
         )
 
     def read(self, row: int, *, shrink_to: int | None = None) -> Image.Image:
@@ -208,7 +219,9 @@ OPENERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Listing]]] = {
 """Form → whether a path is of it, and what lists its images. The first that matches is taken."""
 
 
-def open_source(path: Path | str, *, group_by: str = "", label_by: str = "") -> Source:
+def open_source(
+    path: Path | str, *, group_by: str = "", label_by: str = "", captions: CaptionRules | None = None
+) -> Source:
     """Lists a data set.
 
     Args:
@@ -216,6 +229,7 @@ def open_source(path: Path | str, *, group_by: str = "", label_by: str = "") -> 
         group_by: What makes images belong together (positives of each other): "folder" (the one that holds
             the image), "name" (the file's, without a last number) or a column.
         label_by: What to take labels from, where it is not the usual: the same words.
+        captions: Where captions are; images without one are then skipped. None: nobody needs them.
 
     Raises NotFound (no such path), BadRequest (unreadable, empty, malformed), InvalidField (unknown column).
     """
@@ -227,13 +241,27 @@ def open_source(path: Path | str, *, group_by: str = "", label_by: str = "") -> 
     try:
         for matches, list_images in OPENERS.values():
             if matches(path):
-                return _source(path, list_images(path), group_by, label_by)
+                listing = list_images(path)
+                source = _source(path, listing, group_by, label_by)
+                return source if captions is None else _with_captions(source, listing, captions)
         exists = path.exists()
     except OSError as error:
         raise BadRequest(f"'{path}' cannot be read: {error.strerror or error}.") from None
     if not exists:
         raise NotFound(f"There is no '{path}'; check its name.")
     raise BadRequest(f"'{path}' is no data set that can be read here: {'; '.join(OPENERS)}.")
+
+
+def _with_captions(source: Source, listing: Listing, rules: CaptionRules) -> Source:
+    from training.captions.wording import worded  # which imports what lies beside this module
+
+    found = worded(listing, rules, source.name)
+    return replace(
+        source.select(found.rows),
+        captions=tuple(found.captions),
+        captions_from={"from": found.origin, "left_out": dict(found.left_out)},
+        skipped=(*source.skipped, *found.skipped),
+    )
 
 
 def _source(path: Path, listing: Listing, group_by: str, label_by: str) -> Source:

@@ -105,7 +105,8 @@ def _repeated(found: _Found, keys: Sequence[str], cells: Table) -> list[Skipped]
         for key, own in zip(keys, found.rows, strict=True)
         for row in own[1:]
         if all(
-            set(_texts(column[row])) <= {text for other in own if other < row for text in _texts(column[other])}
+            set(_texts(column[row]))
+            <= {text for other in own if other < row for text in _texts(column[other])}
             for name, column in cells.items()
             if name not in {"label", "group", "split"}
         )

@@ -45,8 +45,8 @@ def list_webdataset(path: Path) -> Listing:
     """Finds the images in a tar, a folder of tars or a pattern such as `shard-{000..009}.tar`.
 
     The columns are `cls`, `txt` (a caption a line), the fields of `.json` members that are text, numbers or
-    lists of them, `name`, and `folder` where members lie in folders. The label is `cls`, or else the field `label`. A tar that is damaged gives the
-    images before the damage and is listed as skipped.
+    lists of them, `name`, and `folder` where members lie in folders. The label is `cls`, or else the field
+    `label`. A tar that is damaged gives the images before the damage and is listed as skipped.
 
     Raises NotFound for tars that are missing, BadRequest when there is no image in them.
     """

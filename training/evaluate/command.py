@@ -77,6 +77,7 @@ def evaluate(
     if data is None:
         raise InvalidField(f"'{path}' is a bundle and knows no data; name some with --data.", param="data")
     folder = out or Path("eval")
-    source = open_source(data, **{key: given.get(key, as_trained[key]) for key in OF_DATA})
+    group_by, label_by = (given.get(key, as_trained[key]) for key in OF_DATA)
+    source = open_source(data, group_by=group_by, label_by=label_by)
     result = evaluation.run(encoder, source, settings, folder, progress)
     return Evaluated(result, folder / f"{evaluation.name}.json", folder / f"{evaluation.name}.png")

@@ -48,7 +48,7 @@ def build_text(name: str, *, start: str = "") -> TextTower:
 
 
 def rebuild_text(carried: Mapping[str, Any]) -> TextTower:
-    """The tower that `TextTower.carried` describes, without its weights and without what it once came from."""
+    """The tower that `TextTower.carried` describes, without its weights and what it once came from."""
     name, rules = str(carried["name"]), TextRules.from_json(carried["rules"])
     if name.startswith(hugging_face.PREFIX):
         return hugging_face.from_config(name, carried["config"], rules, trained=bool(carried["trained"]))

@@ -46,8 +46,8 @@ def from_folder(folder: str) -> TextTower:
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise NotFound(
-            f"text={PREFIX}{folder}: there is no folder '{path}' with a config.json, as save_pretrained writes "
-            "it.",
+            f"text={PREFIX}{folder}: there is no folder '{path}' with a config.json, as save_pretrained "
+            "writes it.",
             param="text",
         )
     transformers = _library()
@@ -82,7 +82,9 @@ def from_config(name: str, config: Mapping[str, Any], rules: TextRules, *, train
     return _tower(name, model, rules, config, trained=trained)
 
 
-def _tower(name: str, model: nn.Module, rules: TextRules, config: Mapping[str, Any], *, trained: bool) -> TextTower:
+def _tower(
+    name: str, model: nn.Module, rules: TextRules, config: Mapping[str, Any], *, trained: bool
+) -> TextTower:
     settings: Any = model.config
     if getattr(settings, "is_encoder_decoder", False) or not hasattr(settings, "hidden_size"):
         raise InvalidField(
@@ -93,7 +95,7 @@ def _tower(name: str, model: nn.Module, rules: TextRules, config: Mapping[str, A
     plain = {key: value for key, value in config.items() if _plain(value)}
     # Its pooler plays no part in the mean, and would have no gradient.
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+        setattr(model, "pooler", None)  # noqa: B010 -- nn.Module annotates its attributes as never None
     return TextTower(
         name, _Mean(model, rules.pad_id), int(settings.hidden_size), rules, trained=trained, config=plain
     )

@@ -18,9 +18,7 @@ __all__ = ["PREFIX", "SIZED", "sized", "text_of", "text_tower"]
 SIZED = re.compile(r"transformer/(\d+)x(\d+)")
 
 
-def text_of(
-    model: Any, architecture: str, *, trained: bool, rules: TextRules | None = None
-) -> TextTower:
+def text_of(model: Any, architecture: str, *, trained: bool, rules: TextRules | None = None) -> TextTower:
     """The text side of one of open_clip's models, with its projection.
 
     Args:
@@ -40,8 +38,8 @@ def _rules(architecture: str, vocabulary: int, padding: Literal["longest", "cont
         tokens = from_open_clip(library().get_tokenizer(architecture))
     except (OSError, RuntimeError) as error:
         raise EmbedServeError(
-            f"open_clip could not get the tokenizer of '{architecture}' ({one_line(error)}). Fetch it once on "
-            "a machine with a network (its cache is HF_HOME), or choose an architecture with CLIP's own "
+            f"open_clip could not get the tokenizer of '{architecture}' ({one_line(error)}). Fetch it once "
+            "on a machine with a network (its cache is HF_HOME), or choose an architecture with CLIP's own "
             "tokenizer, such as 'ViT-B-32'.",
             code="not_fetched",
         ) from error

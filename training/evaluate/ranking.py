@@ -1,0 +1,50 @@
+"""Whether the right answers come first when one kind of vectors is looked for with another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.precision import full_precision
+
+__all__ = ["recall", "same"]
+
+CHUNK = 2**23
+"""Similarities looked at at once."""
+
+
+@full_precision
+@torch.no_grad()
+def recall(
+    queries: Tensor, gallery: Tensor, right: tuple[Tensor, Tensor], most: Sequence[int]
+) -> list[float]:
+    """The share of queries with a right answer among their k nearest, for each k of `most`.
+
+    An answer counts with how many wrong ones are as near or nearer, so that vectors that are all the same do
+    not find anything.
+
+    Args:
+        queries: [m, dim]; gallery: [n, dim], of any length.
+        right: ids of the queries, int64 [m], and of the gallery, [n]: equal ones belong together. A query
+            without a right answer finds nothing.
+        most: Values of k, from 1.
+    """
+    queries, gallery = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
+    wanted, given = right
+    step = max(1, CHUNK // max(len(gallery), 1))
+    before = []
+    for start in range(0, len(queries), step):
+        cosines = queries[start : start + step] @ gallery.T
+        belongs = wanted[start : start + step, None] == given
+        best = cosines.masked_fill(~belongs, -torch.inf).amax(1, keepdim=True)
+        before.append(((cosines >= best) & ~belongs).sum(1).masked_fill(~belongs.any(1), len(gallery)))
+    ahead = torch.cat(before) if before else torch.zeros(0)
+    return [float((ahead < k).double().mean()) if len(ahead) else float("nan") for k in most]
+
+
+def same(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`right` of `recall` where queries and gallery have the same ids."""
+    return ids, ids
