@@ -53,7 +53,7 @@ def torch_vectors(run: Path, pixels: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_exported_checked_and_serves_the_vectors_of_its_network(method: str, folder: Path) -> None:
     run = trained(folder, method)
-    bundle = export(str(run), folder / f"{method}-bundle", calibration=built_in(images=6, texts=0))
+    bundle = export(str(run), folder / f"{method}-bundle", calibration=built_in(images=6, texts=6))
     assert check_bundle(bundle.folder, seconds=0.01).proof.image_cosine == pytest.approx(1, abs=1e-5)
     encoder = Encoder.load(bundle.folder)
     files = sorted((folder / "pictures").rglob("*.png"))[::9]
@@ -61,6 +61,20 @@ def test_a_run_is_exported_checked_and_serves_the_vectors_of_its_network(method:
     cosines = (encoder.embed_images(pixels) * torch_vectors(run, pixels)).sum(axis=1)
     assert cosines.min() >= 0.9999
     assert bundle.description.parity["image"]["min_cosine"] >= 0.9999
+
+
+def test_what_learned_from_captions_serves_its_texts_and_scale_as_well(folder: Path) -> None:
+    run = trained(folder, "lit")
+    bundle = export(str(run), folder / "lit-texts", calibration=built_in(images=4, texts=12))
+    encoder, method = Encoder.load(bundle.folder), open_run(str(run)).method.eval()
+    assert method.texts is not None
+    texts = ["a red square", "two words", "", "Ein Hund, 狗"]
+    ids = encoder.tokenize(texts)
+    assert ids == method.texts.rules.encode(texts)
+    with torch.no_grad():
+        expected = torch.cat([method.text_vectors(torch.tensor([one])) for one in ids]).numpy()
+    assert (encoder.embed_texts(ids) * expected).sum(axis=1).min() >= 0.9999
+    assert bundle.description.scoring.logit_scale == pytest.approx(1 / 0.07, rel=0.2)
 
 
 def test_a_projection_is_exported_where_it_was_asked_for(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from embedserve.bundle import Preprocessing
+from embedserve.bundle import Preprocessing, Scoring
 from embedserve.errors import InvalidField
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, centre, evaluation_share
 from training.backbones import Backbone
@@ -19,8 +19,9 @@ from training.data.squares import squash
 from training.evaluate.network import MethodEmbedding
 from training.export.hashes import sha256_of
 from training.export.image_networks import BackboneMean, BackbonePatches, attention_of
-from training.export.original import Choices, Original, OriginalImages, ready
+from training.export.original import Choices, Original, OriginalImages, OriginalTexts, ready
 from training.method import Method
+from training.methods.image_text import ImageText
 from training.run import Trained, open_run
 
 __all__ = ["original"]
@@ -57,11 +58,44 @@ def original(rest: str, choices: Choices) -> Original:
             patches=ready(BackbonePatches(method.encoder)),
             attention=_attention(method.encoder, config.size, choices),
         ),
+        texts=_texts(method),
+        scoring=_scoring(method),
         licence="unknown: ask who trained it",
         source=f"embedserve train {config.method}, step {trained.step:,}; {trained.path.name} with sha256 "
         f"{sha256_of(trained.path)}",
         notes=_notes(method, config, choices),
     )
+
+
+class _TextVectors(nn.Module):
+    """int64 [batch, length] → vectors of the space that images and captions share."""
+
+    def __init__(self, method: Method[Any]) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.method.text_vectors(tokens)
+
+
+def _texts(method: Method[Any]) -> OriginalTexts | None:
+    if method.texts is None:
+        return None
+    rules = method.texts.rules
+    return OriginalTexts(
+        network=ready(_TextVectors(method)),
+        tokenizer=rules.tokenizer,
+        context_length=rules.context_length,
+        pad_id=rules.pad_id,
+        padding=rules.padding,
+        cleaning=rules.cleaning,
+        reference_tokens=rules.encode,
+    )
+
+
+def _scoring(method: Method[Any]) -> Scoring:
+    """How cosines become probabilities, where the method learned it."""
+    return Scoring(**method.scoring()) if isinstance(method, ImageText) else Scoring()
 
 
 def _refuse_what_runs_bring(path: str, choices: Choices) -> None:
@@ -79,6 +113,11 @@ def _network(method: Method[Any], choices: Choices) -> nn.Module:
             param="pooling",
         )
     averaged = choices.pooling == "mean" and encoder.kind == "vit"
+    if averaged and method.captioned:
+        raise InvalidField(
+            "Texts are compared with the vector that the run trained; leave pooling at 'auto'.",
+            param="pooling",
+        )
     if choices.projection:
         if averaged:
             raise InvalidField(
