@@ -37,6 +37,10 @@ SHARPER = (
     "Try a sharper target (a smaller `teacher_temperature`, such as 0.04), fewer prototypes (`output_dim`; a "
     f"sixteenth of the number of images), more `freeze_epochs`, or {LOWER_LR}"
 )
+CAPTIONED = (
+    "Other images' captions should prevent this. See whether captions differ from each other (`captions`, "
+    f"`filter`); then try {LOWER_LR} and a longer `warmup_epochs`"
+)
 FALLBACK = f"Try {LOWER_LR} and a longer `warmup_epochs`"
 
 COLLAPSED = {
@@ -44,15 +48,19 @@ COLLAPSED = {
     "smaller `projection_dim` makes them less noisy",
     "byol": f"The target runs ahead of the predictor. Try {LOWER_LR}, a target that moves less "
     "(`momentum_start` closer to 1, such as 0.996), or a larger `batch_size`",
+    "clip": f"{CAPTIONED}, or a larger `batch_size`",
     "densecl": f"{QUEUED}. A smaller `dense_weight` leaves more to whole images",
     "dino": f"{TEACHER}. A `center_momentum` of 0.99 steadies its centre",
     "dinov2": f"{TEACHER}. A larger `koleo` pushes features apart",
+    "lit": f"{CAPTIONED}. A locked image tower keeps its features as they were: start from better ones "
+    "(`start`), or let its last blocks learn (`image_learns`)",
     "moco_v1": QUEUED,
     "moco_v2": QUEUED,
     "moco_v3": f"{CONTRASTIVE}. With a vision transformer it is usually `lr`",
     "nnclr": QUEUED,
     "simclr": CONTRASTIVE,
     "simclr_v2": CONTRASTIVE,
+    "siglip": CAPTIONED,
     "simsiam": f"The predictor does not keep up. Try {LOWER_LR}, to which this method is sensitive, and a "
     "larger `batch_size`; byol is more robust",
     "swav": "All images went to the same few prototypes. Try a smaller `epsilon`, such as 0.03, more "
