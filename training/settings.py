@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
-import docstring_parser
 from pydantic import TypeAdapter, ValidationError
 
 from embedserve.errors import InvalidField, closest
@@ -25,10 +24,7 @@ from training.views import SMALL_IMAGE, Augmentation
 
 __all__ = [
     "DataFacts",
-    "KeyHelp",
     "Settings",
-    "help_for",
-    "help_for_class",
     "image_sizes",
     "keys",
     "parse_assignments",
@@ -59,15 +55,6 @@ class DataFacts:
     """Median of the shorter sides, in pixels."""
     on_gpu: bool
     groups: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class KeyHelp:
-    """A setting as help shows it."""
-
-    key: str
-    default: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,33 +121,6 @@ def keys(method: type[Method[Any]]) -> dict[str, type[Any]]:
                 raise TypeError(f"{owner.__name__}.{one.name} hides {owners[one.name].__name__}.{one.name}")
             owners[one.name] = owner
     return {name: owner for name, owner in owners.items() if name not in {"method", "data"}}
-
-
-def help_for(method: type[Method[Any]]) -> dict[str, list[KeyHelp]]:
-    """Everything that can be set for a method, by heading."""
-    return {
-        f"{method.__name__}": help_for_class(method.Options),
-        "Optimiser and schedules": help_for_class(Recipe),
-        "Augmentation": help_for_class(Augmentation),
-        "Run": [one for one in help_for_class(TrainConfig) if one.key not in {"method", "data"}],
-    }
-
-
-def help_for_class(owner: type[Any]) -> list[KeyHelp]:
-    """The fields of a settings dataclass with the line that stands under each."""
-    texts = {
-        one.arg_name: one.description or ""
-        for kind in reversed(owner.__mro__[:-1])  # a subclass documents its own fields alone
-        for one in docstring_parser.parse_from_object(kind).params
-    }
-    return [
-        KeyHelp(
-            one.name,
-            "" if one.default is dataclasses.MISSING else "''" if one.default == "" else str(one.default),
-            " ".join(texts.get(one.name, "").split()),
-        )
-        for one in dataclasses.fields(owner)
-    ]
 
 
 def image_sizes(given: Mapping[str, Any], native: int, *, on_gpu: bool) -> tuple[int, int]:

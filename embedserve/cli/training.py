@@ -16,7 +16,7 @@ from embedserve.errors import EmbedServeError
 
 if TYPE_CHECKING:
     from embedserve.bundle import Bundle
-    from training.settings import KeyHelp
+    from training.settings_help import KeyHelp
 
 ListSwitch = Annotated[bool, Parameter(name="--list", negative=())]
 Precision = Literal["fp32", "fp16", "int8", "auto"]
@@ -58,7 +58,8 @@ def train(
     """
     with _training_extra("Training"):
         from training.methods import METHODS, find
-        from training.settings import help_for, parse_assignments
+        from training.settings import parse_assignments
+        from training.settings_help import help_for
 
         if show and method is None:
             for name, kind in METHODS.items():
@@ -66,12 +67,13 @@ def train(
             return OK
         if method is None:
             raise Usage("Name a method, such as `embedserve train simclr`; --list shows all.")
-        kind = find(method)
+        find(method)  # an unknown one, before what else is missing
         if show:
-            for section, keys in help_for(kind).items():
+            for section, keys in help_for(method).items():
                 print(f"\n{section}")
                 for one in keys:
                     _print_key(one)
+            note("\n'32 to 224' follows from your data and machine; a run prints what it takes.")
             return OK
         if data is None or out is None:
             raise Usage(
@@ -84,7 +86,8 @@ def train(
 
 
 def _print_key(one: KeyHelp) -> None:
-    print(f"  {one.key + ' = ' + one.default:34}{one.text}")
+    for line in one.lines():
+        print(line)
 
 
 @app.command(name="eval")
@@ -115,7 +118,8 @@ def evaluate(
     with _training_extra("Evaluation"):
         from training.evaluate import EVALUATIONS, find
         from training.evaluate import command as evaluation_command
-        from training.settings import help_for_class, parse_assignments
+        from training.settings import parse_assignments
+        from training.settings_help import help_for_class
 
         if show and name is None:
             for key, one in EVALUATIONS.items():

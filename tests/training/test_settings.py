@@ -12,12 +12,12 @@ from training.methods import METHODS
 from training.settings import (
     DataFacts,
     Settings,
-    help_for,
     image_sizes,
     keys,
     parse_assignments,
     resolve,
 )
+from training.settings_help import KeyHelp, help_for
 
 SOME = DataFacts(images=1000, heldout=100, native_size=300, on_gpu=False)
 
@@ -105,5 +105,21 @@ def test_settings_come_back_from_json_as_they_were(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_has_a_line_of_help(name: str) -> None:
-    lines = [one for section in help_for(METHODS[name]).values() for one in section]
+    lines = [one for section in help_for(name).values() for one in section]
     assert not [one.key for one in lines if not one.text]
+
+
+def test_help_shows_the_methods_own_recipe_and_what_follows_the_data() -> None:
+    shown = {one.key: one.default for section in help_for("lit").values() for one in section}
+    assert (shown["optimizer"], shown["weight_decay"], shown["flip"]) == ("adamw", "0.1", "0")
+    assert shown["size"] == "32 to 224"
+    assert shown["backbone"] == "resnet18 or resnet50"
+
+
+def test_help_puts_a_long_default_on_a_line_of_its_own() -> None:
+    short, long = (
+        KeyHelp("lr", "0.1", "Rate."),
+        KeyHelp("templates", "a photo of a {}|a picture of a {}", "Say."),
+    )
+    assert list(short.lines(20)) == ["  lr = 0.1          Rate."]
+    assert list(long.lines(20)) == ["  templates = a photo of a {}|a picture of a {}", " " * 20 + "Say."]
