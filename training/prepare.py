@@ -48,8 +48,8 @@ class Prepared:
             return None
         return Captions(said, tower.rules, self.settings.config.seed)
 
-    def about_data(self) -> dict[str, Any]:
-        """What config.json says of the data."""
+    def about_data(self, captions: Captions | None) -> dict[str, Any]:
+        """What config.json says of the data, and of the captions where they are learned from."""
         return {
             "images": len(self.train),
             "heldout": len(self.heldout),
@@ -57,7 +57,15 @@ class Prepared:
             "native_size": self.native_size,
             "skipped": [{"key": one.key, "reason": one.reason} for one in self.pixels.skipped],
             "fingerprint": self.pixels.fingerprint,
-            **({"captions": dict(self.pixels.source.captions_from)} if self.pixels.source.captions else {}),
+            **({} if captions is None else {"captions": self._about_captions(captions)}),
+        }
+
+    def _about_captions(self, captions: Captions) -> dict[str, Any]:
+        return {
+            **self.pixels.source.captions_from,
+            "captions": len(captions.ids),
+            "different": len(captions.texts),
+            "remarks": captions.remarks(),
         }
 
 

@@ -28,6 +28,7 @@ from training.durable import replacing
 from training.method import Method
 from training.methods import find
 from training.settings import Settings
+from training.tuning import merge_low_rank
 
 __all__ = [
     "CHECKPOINTS",
@@ -53,7 +54,7 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A method with trained weights, in evaluation mode."""
+    """A method with trained weights, in evaluation mode; low-rank additions are in their matrices."""
 
     method: Method[Any]
     settings: Settings
@@ -90,6 +91,7 @@ def open_run(path: Path | str, device: torch.device | str = "cpu") -> Trained:
     settings = Settings.from_json(state["settings"])
     method = build_method(settings, start=str(file), carried=state.get("carried"))
     method.load_state_dict(state["model"])
+    merge_low_rank(method)
     folder = file.parent.parent if (file.parent.parent / CONFIG).exists() else None
     return Trained(method.to(device).eval(), settings, int(state["step"]), file, folder)
 

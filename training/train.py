@@ -128,12 +128,13 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
     )
     if state is None and settings.config.start:
         method.begin_from(settings.config.start)
+    captions = prepared.captions_for(method)
     settings = replace(settings, config=replace(settings.config, backbone=method.backbone.name))
     config, recipe = settings.config, settings.recipe
     record = {
         **settings.as_json(),
         "encoder": describe(method.encoder),
-        "data": prepared.about_data(),
+        "data": prepared.about_data(captions),
         "world_size": world_size(),
         "torch": torch.__version__,
     }
@@ -168,7 +169,6 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
 
     # ---------------------------------------------------------------------------------------- batches
     steps = config.epochs * facts.steps_per_epoch
-    captions = prepared.captions_for(method)
     batches = Batches(
         prepared.pixels,
         prepared.train,

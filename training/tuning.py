@@ -11,6 +11,7 @@ merges in place for every pass; a parametrization is a plain sum, under checkpoi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,17 @@ from torch.nn.utils import parametrize
 
 from embedserve.errors import InvalidField
 
-__all__ = ["LowRank", "Tuning", "add_low_rank", "blocks_of", "merge_low_rank", "tune"]
+__all__ = [
+    "LowRank",
+    "Tuning",
+    "add_low_rank",
+    "blocks_of",
+    "fill",
+    "keep_locked",
+    "merge_low_rank",
+    "merged",
+    "tune",
+]
 
 Tuning = Literal["all", "blocks", "lora", "nothing"]
 
@@ -28,9 +39,12 @@ BLOCKS = ("blocks", "resblocks", "layers", "layer", "stages", "h")
 RESNET = ("layer1", "layer2", "layer3", "layer4")
 AFTER = {
     "norm", "fc_norm", "ln_final", "ln_post", "head_norm", "norm_head", "conv_head", "bn2", "proj",
-    "projection", "text_projection", "head", "last_norm",
+    "projection", "text_projection", "head", "last_norm", "attnpool", "attn_pool",
 }  # fmt: skip
-"""What comes behind the blocks: it learns with the last of them."""
+"""What may come behind the blocks: it learns with the last of them. Stems use some of these names too."""
+
+PARAMETRIZED, ORIGINAL = ".parametrizations.", ".original"
+"""In the names that torch gives to parametrized weights."""
 
 
 def tune(tower: nn.Module, how: Tuning, *, blocks: int, rank: int, name: str) -> None:
@@ -58,7 +72,13 @@ def tune(tower: nn.Module, how: Tuning, *, blocks: int, rank: int, name: str) ->
             )
     elif how == "blocks":
         found, behind = blocks_of(tower)
-        if blocks > len(found) or not found:
+        if not found:
+            raise InvalidField(
+                f"{name}=blocks needs a tower that is a row of blocks, and this one is none that is known "
+                f"here; use {name}=all, or a ResNet or transformer.",
+                param=name,
+            )
+        if blocks > len(found):
             raise InvalidField(
                 f"last_blocks={blocks}, but the tower has {len(found)} blocks; give at most that, or "
                 f"{name}=all.",
@@ -68,28 +88,37 @@ def tune(tower: nn.Module, how: Tuning, *, blocks: int, rank: int, name: str) ->
             module.requires_grad_(True)
 
 
+def keep_locked(tower: nn.Module) -> None:
+    """Puts what is locked into evaluation mode: batch norms of locked blocks keep their statistics."""
+    for module in tower.modules():
+        own = list(module.parameters())
+        if own and not any(one.requires_grad for one in own):
+            module.eval()
+
+
 def blocks_of(tower: nn.Module) -> tuple[list[nn.Module], list[Any]]:
     """The blocks of a network in their order, and the modules and parameters behind them."""
     for module in tower.modules():
         children = dict(module.named_children())
         if all(one in children for one in RESNET):
-            return [children[one] for one in RESNET], []
+            blocks = [children[one] for one in RESNET]
+            return blocks, _behind(tower, blocks)
         for one in BLOCKS:
             inside = children.get(one)
             if isinstance(inside, nn.ModuleList | nn.Sequential) and len(inside) > 0:
-                return list(inside), _behind(tower, set(inside.parameters()))
+                return list(inside), _behind(tower, list(inside))
     return [], []
 
 
-def _behind(tower: nn.Module, inside: set[nn.Parameter]) -> list[Any]:
-    """Modules and parameters outside of the blocks with a name that says they follow them."""
-    found: list[Any] = []
-    for path, module in tower.named_modules():
-        if path.rpartition(".")[2] in AFTER and not inside & set(module.parameters()):
-            found.append(module)
-    for path, parameter in tower.named_parameters():
-        if path.rpartition(".")[2] in AFTER and parameter not in inside:
-            found.append(parameter)
+def _behind(tower: nn.Module, blocks: Sequence[nn.Module]) -> list[Any]:
+    """Modules after the last block, and parameters beside the blocks, with a name that says they follow."""
+    inside = {id(one) for block in blocks for one in block.modules()}
+    modules = list(tower.named_modules())
+    last = max(at for at, (_, module) in enumerate(modules) if id(module) in inside)
+    found: list[Any] = [module for path, module in modules[last + 1 :] if path.rpartition(".")[2] in AFTER]
+    for _, module in modules[:last]:
+        if id(module) not in inside and any(one is blocks[-1] for one in module.modules()):
+            found += [one for name, one in module.named_parameters(recurse=False) if name in AFTER]
     return found
 
 
@@ -141,3 +170,25 @@ def merge_low_rank(tower: nn.Module) -> nn.Module:
         for name in [one for one, steps in added.items() if isinstance(steps[0], LowRank)]:
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return tower
+
+
+def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a state dict under the names that they have without additions, which are in them."""
+    found = dict(state)
+    for name in [one for one in found if one.endswith(ORIGINAL)]:
+        module, _, matrix = name.removesuffix(ORIGINAL).rpartition(PARAMETRIZED)
+        steps = f"{module}{PARAMETRIZED}{matrix}.0."
+        if not {f"{steps}first", f"{steps}second"} <= found.keys():
+            continue
+        weight, first, second = (found.pop(one) for one in (name, f"{steps}first", f"{steps}second"))
+        found[f"{module}.{matrix}"] = weight + len(first) ** -0.5 * (second @ first)
+    return found
+
+
+@torch.no_grad()
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies what fits of a state dict without additions; a module's own additions stay."""
+    for own, value in module.state_dict().items():
+        name = own.removesuffix(ORIGINAL).replace(PARAMETRIZED, ".") if own.endswith(ORIGINAL) else own
+        if name in state and state[name].shape == value.shape:
+            value.copy_(state[name])

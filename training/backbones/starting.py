@@ -14,6 +14,7 @@ from embedserve.errors import BadRequest, InvalidField, NotFound
 from training import torchvision_ops
 from training.backbones.convolutional import Stem
 from training.backbones.files import contents, flat
+from training.tuning import merged
 
 __all__ = [
     "IMAGENET",
@@ -216,4 +217,4 @@ def _file(path: Path) -> Weights:
         return from_foreign(tensors, origin) or Weights(tensors, origin)
     described = content.get("backbone", {})
     prefix = f"model.{content['encoder_prefix']}network."
-    return Weights(tensors, origin, described.get("name", ""), described.get("stem"), prefix)
+    return Weights(merged(tensors), origin, described.get("name", ""), described.get("stem"), prefix)

@@ -34,7 +34,7 @@ class Captions:
 
     Attributes:
         texts: The different captions, in the order of their ids.
-        cut: How many of these are longer than the context, and cut.
+        cut: How many of these fill the context, and are cut where they are longer.
         unknown: Share of their tokens that the vocabulary does not have.
 
     Raises:
@@ -51,14 +51,13 @@ class Captions:
         """The id of every caption, image after image."""
         self._count = np.fromiter(map(len, captions), np.int64, len(captions))
         self._start = np.cumsum(self._count) - self._count
-        tokens = [
-            ids
-            for at in range(0, len(self.texts), AT_ONCE)
-            for ids in rules.encode(self.texts[at : at + AT_ONCE])
-        ]
-        self._length = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        lengths, tokens = [], []
+        for at in range(0, len(self.texts), AT_ONCE):
+            encoded = rules.encode(self.texts[at : at + AT_ONCE])
+            lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+            tokens.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32))
+        self._length, self._tokens = np.concatenate(lengths), np.concatenate(tokens)
         self._begin = np.cumsum(self._length) - self._length
-        self._tokens = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(self._length.sum()))
         rules.check(int(self._tokens.max(initial=0)))
         self.cut = int((self._length >= rules.context_length).sum()) if rules.context_length else 0
         known = len(self._tokens) or 1
@@ -117,5 +116,5 @@ class Captions:
             )
         shared = len(self.ids) - len(self.texts)
         if shared:
-            said.append(f"{shared:,} captions repeat one of another image; they count as right for both.")
+            said.append(f"{shared:,} captions repeat one of another image and count as right for both.")
         return said

@@ -19,6 +19,8 @@ LEAST_WORDS, MOST_WORDS, MOST_IMAGES = 3, 20, 10
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 """Thai, Lao, Japanese, Chinese and Korean, where a space does not end a word: each sign counts as one."""
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+UNREADABLE = "\ufffd"
+"""What bytes become that are no UTF-8."""
 NO_SENTENCE = re.compile(
     r"(?i)^(https?://|www\.)\S+$|^\S+\.(jpe?g|png|gif|webp|tiff?|bmp)$"
     r"|^(img|dsc|dscn|dcim|screenshot)[-_ ]?\d"
@@ -44,13 +46,15 @@ def kept(captions: Captions, rule: Filter) -> tuple[list[tuple[str, ...]], dict[
 
     Args:
         captions: Of each image, as they were found.
-        rule: "none" leaves out what is empty or repeated for one image; "align" noise from the web as well.
+        rule: "none" leaves out what is empty, unreadable or repeated for one image; "align" noise from the
+            web as well.
     """
     left_out: Counter[str] = Counter()
     found = [tuple(map(cleaned, texts)) for texts in captions]
     left_out["empty"] = sum(not text for texts in found for text in texts)
-    unique = [tuple(dict.fromkeys(text for text in texts if text)) for texts in found]
-    left_out["repeated for one image"] = sum(map(len, found)) - left_out["empty"] - sum(map(len, unique))
+    left_out["not UTF-8 text"] = sum(UNREADABLE in text for texts in found for text in texts)
+    unique = [tuple(dict.fromkeys(one for one in texts if one and UNREADABLE not in one)) for texts in found]
+    left_out["repeated for one image"] = sum(map(len, found)) - left_out.total() - sum(map(len, unique))
     if rule == "none":
         return unique, _counted(left_out)
     images = Counter(text for texts in unique for text in texts)

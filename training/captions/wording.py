@@ -70,19 +70,22 @@ class Worded:
     """Captions by why they do not count."""
 
 
-def worded(listing: Listing, rules: CaptionRules, name: str) -> Worded:
+def worded(
+    listing: Listing, rules: CaptionRules, name: str, classes: tuple[NDArray[np.int64], Texts] | None = None
+) -> Worded:
     """Finds the captions of every image; images without one are skipped.
 
     Args:
         listing: Of the data set.
         rules: Where to look, and what to leave out.
         name: The data set's, for messages.
+        classes: The label of each image, -1 without one, and the names of all; the listing's own by default.
 
     Raises:
         InvalidField: There is no such column, or nothing that could be a caption.
         BadRequest: No image has a caption, or all have the same one.
     """
-    origin, find = _finder(listing, rules, name)
+    origin, find = _finder(listing, rules, name, classes or listing.labels(""))
     found = find()
     captions, left_out = kept(found, rules.filter)
     rows = np.array([row for row, texts in enumerate(captions) if texts], np.int64)
@@ -112,37 +115,40 @@ def worded(listing: Listing, rules: CaptionRules, name: str) -> Worded:
     return Worded(captions=stay, rows=rows, skipped=skipped, origin=origin, left_out=left_out)
 
 
-def _finder(listing: Listing, rules: CaptionRules, name: str) -> tuple[str, Callable[[], list[Texts]]]:
+def _finder(
+    listing: Listing, rules: CaptionRules, name: str, classes: tuple[NDArray[np.int64], Texts]
+) -> tuple[str, Callable[[], list[Texts]]]:
     """Where captions are, in words, and what collects them."""
     by, columns = rules.by, listing.columns
     if by in {"", BESIDE} and (texts := _beside(listing)) is not None:
         return "the .txt files beside the images", lambda: texts
     if not by:
         by = next((column for column in COLUMNS if column in columns or column in listing.several), "")
-    if by in columns and by != NAME:
+    if by in columns and by not in {NAME, LABEL}:
         return f"the column '{by}'", lambda: listing.texts(by)
     if by == NAME:
         return "the file names", lambda: [(named(key),) for key in listing.keys]
     if by == LABEL:
-        labels, names = listing.labels("")
+        labels, names = classes
         if names:
             return "the class names", lambda: [_of_class(names, int(one), rules.templates) for one in labels]
         raise InvalidField(
             f"captions=label, but '{name}' has no labels; put the images into a folder for each class, or "
-            "name a column that has captions.",
+            "say what labels them with label_by=.",
             param="captions",
         )
     known = [one for one in columns if one not in {"folder", NAME}]
-    here = "captions=name (their file names)" + (", captions=label (class names)" if listing.label else "")
-    if not by:
+    here = "captions=name (their file names)" + (", captions=label (class names)" if classes[1] else "")
+    if by in {"", BESIDE}:
+        columns_too = BESIDE if by else ", ".join(COLUMNS)
         raise InvalidField(
-            f"'{name}' has no captions: no .txt files beside the images and no column {', '.join(COLUMNS)}. "
+            f"'{name}' has no captions: no .txt files beside the images and no column {columns_too}. "
             f"Say where they are: {here}" + (f", or a column: {', '.join(known)}." if known else "."),
             param="captions",
         )
     raise InvalidField(
-        f"captions='{by}' is not known here; {closest(by, [*known, NAME, LABEL, BESIDE])} "
-        f"There are: {', '.join([*known, NAME])}{', label' if listing.label else ''}.",
+        f"captions='{by}' is not known here; {closest(by, [*known, NAME, *([LABEL] if classes[1] else [])])} "
+        f"There are: {', '.join([*known, NAME])}{', label' if classes[1] else ''}.",
         param="captions",
     )
 
@@ -158,9 +164,10 @@ def _beside(listing: Listing) -> list[Texts] | None:
 def _lines(path: Path) -> Texts:
     try:
         with path.open("rb") as file:
-            return tuple(file.read(MOST_TEXT).decode("utf-8-sig", "replace").splitlines())
+            content = file.read(MOST_TEXT + 1)
     except OSError:
         return ()
+    return () if len(content) > MOST_TEXT else tuple(content.decode("utf-8-sig", "replace").splitlines())
 
 
 def named(key: str) -> str:

@@ -255,7 +255,7 @@ def open_source(
 def _with_captions(source: Source, listing: Listing, rules: CaptionRules) -> Source:
     from training.captions.wording import worded  # which imports what lies beside this module
 
-    found = worded(listing, rules, source.name)
+    found = worded(listing, rules, source.name, (source.labels, source.class_names))
     return replace(
         source.select(found.rows),
         captions=tuple(found.captions),

@@ -23,8 +23,9 @@ from training.losses import unit
 from training.method import Batch, Facts, Method, MethodOptions, ParameterRule, Recipe
 from training.precision import full_precision
 from training.text import TextTower, build_text, rebuild_text
+from training.text.open_clip import text_of
 from training.text.sentences import NAME as SENTENCES
-from training.tuning import Tuning, tune
+from training.tuning import Tuning, fill, keep_locked, merged, tune
 from training.views import Augmentation, View
 
 __all__ = ["ImageText", "ImageTextOptions"]
@@ -113,11 +114,13 @@ class ImageText(Method[O]):
         self.train()
 
     def train(self, mode: bool = True) -> ImageText[O]:
-        """As in torch; a locked tower stays in evaluation mode."""
+        """As in torch; a locked tower, and what is locked of one, stays in evaluation mode."""
         super().train(mode)
         for tower, learns in zip((self.backbone, self.text), self.options.learns(), strict=True):
             if learns == "nothing":
                 tower.eval()
+            elif learns != "all":
+                keep_locked(tower)
         return self
 
     def carried(self) -> dict[str, Any]:
@@ -253,18 +256,24 @@ def begin_from(method: ImageText[Any], start: str) -> None:
     if file is None:
         one_model = name.startswith(open_clip_models.PREFIX) and method.text.name == name
         if one_model and not method.options.text_start:
-            text = build_text(name, start=start)
-            method.text.network.load_state_dict(text.network.state_dict())
-            method.text.trained = True
+            _begin_from_open_clip(method, name.removeprefix(open_clip_models.PREFIX), start)
         return
     state = checkpoint.load(file)
     if state.get("carried", {}).get("text", {}).get("name") != method.text.name:
         return
-    ours = method.state_dict()
-    taken = {
-        key: value
-        for key, value in state["model"].items()
-        if not key.startswith("backbone.") and key in ours and ours[key].shape == value.shape
-    }
-    method.load_state_dict(taken, strict=False)
+    taken = {key: one for key, one in state["model"].items() if not key.startswith("backbone.")}
+    fill(method, merged(taken))
     method.text.trained = True
+
+
+@torch.no_grad()
+def _begin_from_open_clip(method: ImageText[Any], architecture: str, start: str) -> None:
+    model = open_clip_models.create(architecture)
+    open_clip_models.load(model, start, architecture)
+    text = text_of(model, architecture, trained=True, rules=method.text.rules)
+    fill(method.text.network, text.network.state_dict())
+    method.text.trained = True
+    for ours, theirs in (("log_scale", "logit_scale"), ("bias", "logit_bias")):
+        value, learned = getattr(method, ours, None), getattr(model, theirs, None)
+        if value is not None and learned is not None:
+            value.copy_(learned)

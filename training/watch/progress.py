@@ -88,6 +88,8 @@ class Progress:
             self._say(f"  skipped {one['key']}: {one['reason']}")
         if len(data["skipped"]) > SHOWN_PROBLEMS:
             self._say(f"  … and {len(data['skipped']) - SHOWN_PROBLEMS} more; config.json lists all")
+        for line in _about_captions(data.get("captions")):
+            self._say(f"  {line}")
         if first_step:
             epoch = first_step / facts["steps_per_epoch"]
             self._say(f"  going on after step {first_step:,}, epoch {epoch:.4g}")
@@ -210,6 +212,15 @@ def _bar() -> Bar:
         Left(),
     )
     return Bar(*columns, console=Console(stderr=True), speed_estimate_period=300)
+
+
+def _about_captions(captions: Mapping[str, Any] | None) -> list[str]:
+    """Where they are from, what was left out, and what may be wrong with them."""
+    if captions is None:
+        return []
+    left_out = ", ".join(f"{count:,} {why}" for why, count in captions["left_out"].items())
+    said = f"{captions['captions']:,} captions from {captions['from']}, {captions['different']:,} different"
+    return [said + (f"; left out: {left_out}" if left_out else ""), *captions["remarks"]]
 
 
 def _short(value: object) -> str:
