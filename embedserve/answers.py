@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import httpx2
 
@@ -12,6 +12,7 @@ from embedserve.errors import BadRequest, Busy, EmbedServeError
 
 __all__ = [
     "Classified",
+    "HeatMap",
     "Hit",
     "Item",
     "ItemPage",
@@ -68,6 +69,22 @@ class Classified(TypedDict):
 
     model: str
     results: list[dict[str, Any]]
+
+
+class HeatMap(TypedDict):
+    """`values` row by row: attention weights, or cosines with the text.
+
+    `region`: the part of the image that they cover, {"left", "top", "width", "height"} in fractions of it.
+    """
+
+    model: str
+    kind: Literal["attention", "similarity"]
+    rows: int
+    columns: int
+    values: list[list[float]]
+    low: float
+    high: float
+    region: dict[str, float]
 
 
 _CLASSES = [

@@ -9,45 +9,45 @@ and all. Errors come back as the classes of `embedserve.errors`, each with the s
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import dataclasses
 import json
-import mimetypes
-import random
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
-from urllib.parse import quote, urlsplit
 
-import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
 from embedserve.answers import (
     Classified,
+    HeatMap,
     Item,
     ItemPage,
     JsonObject,
     Search,
     Upserted,
     as_error,
-    body_of,
-    failure_of,
     object_of,
-    retry_after,
     upserted_of,
 )
 from embedserve.config import ServeConfig
-from embedserve.errors import BadRequest, Busy, EmbedServeError, NotReady
+from embedserve.errors import EmbedServeError
+from embedserve.sending import (
+    ImageInput,
+    ascii_name,
+    embed_input,
+    given,
+    image_text,
+    item_path,
+    media_type,
+    part,
+    segment,
+)
+from embedserve.wire import Wire
 
 __all__ = ["Client", "ImageInput", "Upload"]
-
-ImageInput = Path | bytes | str
-"""A file, an encoded image's bytes, or a string: http(s) URL, data URI or base64."""
 
 Vector = NDArray[np.float32]
 
@@ -88,32 +88,21 @@ class Client:
         timeout: float = 120.0,
         patience: float = 30.0,
     ) -> None:
-        self.url = _checked(url)
-        self.patience = patience
-        self._api_key = api_key
-        self._timeout = timeout
-        self._config: ServeConfig | None = None
-        self._stack = AsyncExitStack()
-        self._http: httpx2.AsyncClient | None = None
+        self._wire = Wire(url, api_key=api_key, timeout=timeout, patience=patience)
 
     @classmethod
     def local(cls, config: ServeConfig) -> Client:
         """A client whose server is this process: no port, no key, the same answers."""
         client = cls("http://localhost")
-        client._config = dataclasses.replace(config, host="127.0.0.1", api_key=())
+        client._wire.config = dataclasses.replace(config, host="127.0.0.1", api_key=())
         return client
 
+    @property
+    def url(self) -> str:
+        return self._wire.url
+
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            transport = None if self._config is None else await _in_process(self._config, stack)
-            http = httpx2.AsyncClient(
-                base_url=self.url,
-                timeout=self._timeout,
-                transport=transport,
-                headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else None,
-            )
-            self._http = await stack.enter_async_context(http)
-            self._stack = stack.pop_all()
+        await self._wire.__aenter__()
         return self
 
     async def __aexit__(
@@ -122,18 +111,17 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._http = None
-        await self._stack.aclose()
+        await self._wire.__aexit__(kind, error, traceback)
 
     # ---- health and models -----------------------------------------------------------------------
 
     async def ready(self) -> JsonObject:
         """What /readyz says. Raises NotReady at once, without trying again."""
-        return object_of(await self._request("GET", "/readyz", patience=0.0))
+        return object_of(await self._wire.request("GET", "/readyz", patience=0.0))
 
     async def models(self) -> JsonObject:
         """`{"object": "list", "data": [{"id", …}]}`."""
-        return object_of(await self._request("GET", "/v1/models"))
+        return object_of(await self._wire.request("GET", "/v1/models"))
 
     # ---- vectors and labels ----------------------------------------------------------------------
 
@@ -143,8 +131,8 @@ class Client:
         A text is `{"text": "…"}`, an image is `{"image": …}` or an `ImageInput`. An input that fails has its
         error at its place.
         """
-        body = {"inputs": [_embed_input(one) for one in inputs], "encoding_format": "base64"}
-        answer = object_of(await self._request("POST", "/v1/embed", json=body, partial=True))
+        body = {"inputs": [embed_input(one) for one in inputs], "encoding_format": "base64"}
+        answer = object_of(await self._wire.request("POST", "/v1/embed", json=body, partial=True))
         return [
             as_error(result["error"])
             if "error" in result
@@ -163,33 +151,57 @@ class Client:
         activation: Literal["softmax", "sigmoid"] | None = None,
     ) -> Classified:
         """Zero-shot probabilities of the labels (or of those of a saved label set) for each image."""
-        body = _given(labels=labels, label_set=label_set, templates=templates, top=top, activation=activation)
-        body["images"] = [_image(one) for one in images]
-        response = await self._request("POST", "/v1/classify", json=body, partial=True)
+        body = given(labels=labels, label_set=label_set, templates=templates, top=top, activation=activation)
+        body["images"] = [image_text(one) for one in images]
+        response = await self._wire.request("POST", "/v1/classify", json=body, partial=True)
         return cast(Classified, object_of(response))
 
     async def label_sets(self) -> JsonObject:
-        return object_of(await self._request("GET", "/v1/labelsets"))
+        return object_of(await self._wire.request("GET", "/v1/labelsets"))
 
     async def label_set(self, name: str) -> JsonObject:
-        return object_of(await self._request("GET", f"/v1/labelsets/{_segment(name)}"))
+        return object_of(await self._wire.request("GET", f"/v1/labelsets/{segment(name)}"))
 
     async def save_label_set(self, name: str, body: JsonObject) -> JsonObject:
         """Saves `{"labels": …, "templates": …}` under `name`."""
-        return object_of(await self._request("PUT", f"/v1/labelsets/{_segment(name)}", json=body))
+        return object_of(await self._wire.request("PUT", f"/v1/labelsets/{segment(name)}", json=body))
 
     async def delete_label_set(self, name: str) -> None:
-        await self._request("DELETE", f"/v1/labelsets/{_segment(name)}")
+        await self._wire.request("DELETE", f"/v1/labelsets/{segment(name)}")
+
+    # ---- heat maps -------------------------------------------------------------------------------
+
+    async def heatmap(
+        self, image: ImageInput, *, text: str | None = None, head: int | None = None
+    ) -> HeatMap:
+        """Which parts of an image its vector comes from, or are like a text.
+
+        Args:
+            text: Compare each part with this; None takes the attention behind the vector.
+            head: One attention head; None takes the mean of all.
+
+        Raises UnsupportedMedia for an image that cannot be read, and InvalidField where the encoder does not
+        offer what is asked for.
+        """
+        body = given(image=image_text(image), text=text, head=head)
+        return cast(HeatMap, object_of(await self._wire.request("POST", "/v1/heatmap", json=body)))
+
+    async def heatmap_picture(
+        self, image: ImageInput, *, text: str | None = None, head: int | None = None
+    ) -> bytes:
+        """The same as a PNG: what the encoder saw, in grey, coloured by the map."""
+        body = given(image=image_text(image), text=text, head=head, format="png")
+        return (await self._wire.request("POST", "/v1/heatmap", json=body)).content
 
     # ---- collections -----------------------------------------------------------------------------
 
     async def collections(self) -> list[dict[str, Any]]:
         """All collections, each as `collection` describes it."""
-        answer = object_of(await self._request("GET", "/v1/collections"))
+        answer = object_of(await self._wire.request("GET", "/v1/collections"))
         return list(answer["collections"])
 
     async def collection(self, name: str) -> JsonObject:
-        return object_of(await self._request("GET", f"/v1/collections/{_segment(name)}"))
+        return object_of(await self._wire.request("GET", f"/v1/collections/{segment(name)}"))
 
     async def create_collection(
         self,
@@ -203,24 +215,24 @@ class Client:
 
         `dimensions`: a new one keeps so many leading numbers of each vector.
         """
-        body = _given(description=description, metadata=metadata, dimensions=dimensions)
-        return object_of(await self._request("PUT", f"/v1/collections/{_segment(name)}", json=body))
+        body = given(description=description, metadata=metadata, dimensions=dimensions)
+        return object_of(await self._wire.request("PUT", f"/v1/collections/{segment(name)}", json=body))
 
     async def drop_collection(self, name: str) -> None:
-        await self._request("DELETE", f"/v1/collections/{_segment(name)}")
+        await self._wire.request("DELETE", f"/v1/collections/{segment(name)}")
 
     # ---- items -----------------------------------------------------------------------------------
 
     async def upload(self, collection: str, uploads: Sequence[Upload]) -> Upserted:
         """Writes pictures; the answer has one result for each, in order. What succeeded is durable."""
-        files = [("file", (_ascii(one.id), one.image, _media_type(one.id))) for one in uploads]
+        files = [("file", (ascii_name(one.id), one.image, media_type(one.id))) for one in uploads]
         about = [
-            _given(id=one.id, text=one.text, text_weight=one.text_weight, metadata=one.metadata)
+            given(id=one.id, text=one.text, text_weight=one.text_weight, metadata=one.metadata)
             for one in uploads
         ]
-        response = await self._request(
+        response = await self._wire.request(
             "POST",
-            f"/v1/collections/{_segment(collection)}/items",
+            f"/v1/collections/{segment(collection)}/items",
             files=[*files, ("items", (None, json.dumps(about), "application/json"))],
             partial=True,
         )
@@ -231,9 +243,9 @@ class Client:
 
         An image may have a "text" as its caption, and the "text_weight" of that.
         """
-        body = {"items": [_part(one) for one in items]}
-        response = await self._request(
-            "POST", f"/v1/collections/{_segment(collection)}/items", json=body, partial=True
+        body = {"items": [part(one) for one in items]}
+        response = await self._wire.request(
+            "POST", f"/v1/collections/{segment(collection)}/items", json=body, partial=True
         )
         return upserted_of(response)
 
@@ -246,8 +258,10 @@ class Client:
         filter: JsonObject | None = None,
     ) -> ItemPage:
         """One page of items, in id order; `next` is the `after` of the following page."""
-        params = _given(limit=limit, after=after, filter=json.dumps(filter) if filter is not None else None)
-        response = await self._request("GET", f"/v1/collections/{_segment(collection)}/items", params=params)
+        params = given(limit=limit, after=after, filter=json.dumps(filter) if filter is not None else None)
+        response = await self._wire.request(
+            "GET", f"/v1/collections/{segment(collection)}/items", params=params
+        )
         return cast(ItemPage, object_of(response))
 
     async def all_items(
@@ -264,28 +278,28 @@ class Client:
                 return
 
     async def item(self, collection: str, id: str) -> JsonObject:
-        return object_of(await self._request("GET", _item_path(collection, "items", id)))
+        return object_of(await self._wire.request("GET", item_path(collection, "items", id)))
 
     async def delete_item(self, collection: str, id: str) -> None:
-        await self._request("DELETE", _item_path(collection, "items", id))
+        await self._wire.request("DELETE", item_path(collection, "items", id))
 
     async def delete_items(
         self, collection: str, ids: Sequence[str] | None = None, *, filter: JsonObject | None = None
     ) -> int:
         """Deletes by ids, or all items that match, and returns how many went. Unknown ids do not count."""
-        path = f"/v1/collections/{_segment(collection)}/items"
+        path = f"/v1/collections/{segment(collection)}/items"
         if filter is not None:
             params = {"filter": json.dumps(filter)}
-            return int(object_of(await self._request("DELETE", path, params=params))["deleted"])
+            return int(object_of(await self._wire.request("DELETE", path, params=params))["deleted"])
         deleted = 0
         for start in range(0, len(ids or ()), IDS_IN_URL):
-            part = {"id": list(ids or ())[start : start + IDS_IN_URL]}
-            deleted += int(object_of(await self._request("DELETE", path, params=part))["deleted"])
+            some = {"id": list(ids or ())[start : start + IDS_IN_URL]}
+            deleted += int(object_of(await self._wire.request("DELETE", path, params=some))["deleted"])
         return deleted
 
     async def thumbnail(self, collection: str, id: str) -> bytes:
         """The item's picture as WebP."""
-        return (await self._request("GET", _item_path(collection, "thumbnails", id))).content
+        return (await self._wire.request("GET", item_path(collection, "thumbnails", id))).content
 
     async def search(
         self,
@@ -304,12 +318,12 @@ class Client:
         include: Sequence[str] | None = None,
     ) -> Search:
         """The `k` items most like one image, text, id or vector, or a weighted `query` of several."""
-        body = _given(
-            image=None if image is None else _image(image),
+        body = given(
+            image=None if image is None else image_text(image),
             text=text,
             id=id,
             vector=vector,
-            query=None if query is None else [_part(one) for one in query],
+            query=None if query is None else [part(one) for one in query],
             k=k,
             filter=filter,
             min_score=min_score,
@@ -317,7 +331,9 @@ class Client:
             group_by=group_by,
             include=include,
         )
-        response = await self._request("POST", f"/v1/collections/{_segment(collection)}/search", json=body)
+        response = await self._wire.request(
+            "POST", f"/v1/collections/{segment(collection)}/search", json=body
+        )
         return cast(Search, object_of(response))
 
     async def vote(
@@ -331,129 +347,18 @@ class Client:
         filter: JsonObject | None = None,
     ) -> Classified:
         """k-NN labels for images, then for items: their neighbours vote with the metadata `field`."""
-        body = _given(field=field, ids=list(ids), k=k, filter=filter)
-        body["images"] = [_image(one) for one in images]
-        path = f"/v1/collections/{_segment(collection)}/classify"
-        return cast(Classified, object_of(await self._request("POST", path, json=body, partial=True)))
+        body = given(field=field, ids=list(ids), k=k, filter=filter)
+        body["images"] = [image_text(one) for one in images]
+        path = f"/v1/collections/{segment(collection)}/classify"
+        return cast(Classified, object_of(await self._wire.request("POST", path, json=body, partial=True)))
 
     async def duplicates(
         self, collection: str, *, threshold: float | None = None, limit: int | None = None
     ) -> JsonObject:
         """Groups of items that are nearly the same."""
-        params = _given(threshold=threshold, limit=limit)
+        params = given(threshold=threshold, limit=limit)
         return object_of(
-            await self._request("GET", f"/v1/collections/{_segment(collection)}/duplicates", params=params)
-        )
-
-    # ---- the wire --------------------------------------------------------------------------------
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        json: object = None,
-        params: JsonObject | None = None,
-        files: Sequence[tuple[str, Any]] | None = None,
-        partial: bool = False,
-        patience: float | None = None,
-    ) -> httpx2.Response:
-        """One call, repeated while the server is busy. `partial`: a failure with results is an answer."""
-        if self._http is None:
-            raise RuntimeError("use the client inside `async with Client(...) as client:`")
-        left = self.patience if patience is None else patience
-        delay = 0.25
-        while True:
-            try:
-                response = await self._http.request(method, path, json=json, params=params, files=files)
-            except httpx2.HTTPError as error:
-                raise self._unreachable(error) from error
-            if response.is_success or (partial and "results" in body_of(response)):
-                return response
-            failure = failure_of(response)
-            if not isinstance(failure, Busy | NotReady) or left <= 0:
-                raise failure
-            wait = min(left, retry_after(response) or delay * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
-            await asyncio.sleep(wait)
-            left -= wait
-            delay = min(2 * delay, 5.0)
-
-    def _unreachable(self, error: httpx2.HTTPError) -> NotReady:
-        if isinstance(error, httpx2.TimeoutException):
-            return NotReady(
-                f"'{self.url}' did not answer within {self._timeout:g} s; send fewer inputs at a time.",
-                code="timeout",
+            await self._wire.request(
+                "GET", f"/v1/collections/{segment(collection)}/duplicates", params=params
             )
-        return NotReady(
-            f"No server answers at '{self.url}' ({error or type(error).__name__}). "
-            "Start one with `embedserve serve`, or check the URL.",
-            code="no_server",
         )
-
-
-# ---- requests ----------------------------------------------------------------------------------------
-
-
-def _checked(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
-    except ValueError:
-        good = False
-    if not good:
-        raise BadRequest(f"'{url}' is not a server's URL; use http://HOST:PORT, as in http://127.0.0.1:8000.")
-    return url.rstrip("/")
-
-
-def _given(**fields: object) -> dict[str, Any]:
-    """The fields that are not None: what is left out takes the server's default."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _segment(name: str) -> str:
-    return quote(name, safe="")
-
-
-def _item_path(collection: str, what: str, id: str) -> str:
-    return f"/v1/collections/{_segment(collection)}/{what}/{quote(id, safe='/')}"
-
-
-def _image(image: ImageInput) -> str:
-    if isinstance(image, Path):
-        try:
-            image = image.read_bytes()
-        except OSError as error:
-            raise BadRequest(f"'{error.filename}' cannot be read: {error.strerror}.", param="image") from None
-    if isinstance(image, bytes):
-        return base64.b64encode(image).decode("ascii")
-    return image
-
-
-def _embed_input(one: ImageInput | JsonObject) -> JsonObject:
-    if isinstance(one, Mapping):
-        return _part(one)
-    return {"image": _image(one)}
-
-
-def _part(one: JsonObject) -> JsonObject:
-    return {**one, "image": _image(one["image"])} if "image" in one else one
-
-
-def _media_type(name: str) -> str:
-    return mimetypes.guess_type(name)[0] or "application/octet-stream"
-
-
-def _ascii(name: str) -> str:
-    """A file name for a multipart header; the id itself travels in the part `items`."""
-    return quote(name.rpartition("/")[2], safe=" ") or "image"
-
-
-# ---- the server in this process ----------------------------------------------------------------------
-
-
-async def _in_process(config: ServeConfig, stack: AsyncExitStack) -> httpx2.ASGITransport:
-    from embedserve.app import create_app
-
-    app = create_app(config)
-    await stack.enter_async_context(app.router.lifespan_context(app))
-    return httpx2.ASGITransport(app, raise_app_exceptions=False)

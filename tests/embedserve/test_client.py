@@ -18,7 +18,16 @@ from embedserve.answers import as_error
 from embedserve.api.failures import error_body
 from embedserve.client import Client, Upload
 from embedserve.config import ServeConfig
-from embedserve.errors import BadRequest, Busy, EmbedServeError, NotFound, NotReady, UnsupportedMedia
+from embedserve.errors import (
+    BadRequest,
+    Busy,
+    EmbedServeError,
+    InvalidField,
+    NotFound,
+    NotReady,
+    UnsupportedMedia,
+)
+from tests.embedserve.colours import BLUE, GREEN, RED, quarters
 
 T = TypeVar("T")
 
@@ -32,12 +41,12 @@ def picture(colour: str) -> bytes:
 
 
 @pytest.fixture
-def local(tiny_folder: Path, tmp_path: Path) -> Callable[[Callable[[Client], Awaitable[Any]]], Any]:
+def local(tiny_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     """Runs a coroutine with a client of an app in this process."""
 
-    def run(work: Callable[[Client], Awaitable[T]]) -> T:
+    def run(work: Callable[[Client], Awaitable[T]], encoder: Path = tiny_folder) -> T:
         async def connected() -> T:
-            async with Client.local(ServeConfig(data=tmp_path, encoder=str(tiny_folder))) as client:
+            async with Client.local(ServeConfig(data=tmp_path, encoder=str(encoder))) as client:
                 return await work(client)
 
         return asyncio.run(connected())
@@ -172,6 +181,29 @@ def test_classify_gives_the_best_label_first(local: Any) -> None:
         lambda client: client.classify([picture("blue")], labels=["red", "blue"], templates=["{}"])
     )
     assert answer["results"][0]["labels"][0]["label"] == "blue"
+
+
+def test_a_heat_map_as_numbers_and_as_a_picture(local: Any, seeing_folder: Path) -> None:
+    four = quarters(RED, GREEN, BLUE, (0, 0, 0))
+
+    async def work(client: Client) -> None:
+        attention, one_head = await client.heatmap(four), await client.heatmap(four, head=1)
+        assert attention["kind"] == "attention"
+        assert one_head["values"] == [[1, 0], [0, 0]] != attention["values"]
+        green = await client.heatmap(four, text="green")
+        assert green["kind"] == "similarity"
+        assert green["values"][0][1] == green["high"] == pytest.approx(1, abs=1e-6)
+        shown = Image.open(BytesIO(await client.heatmap_picture(four, text="green")))
+        assert (shown.format, shown.size) == ("PNG", (8, 8))
+        with pytest.raises(UnsupportedMedia):
+            await client.heatmap(b"<html>")
+
+    local(work, seeing_folder)
+
+
+def test_an_encoder_that_offers_no_heat_map_says_so(local: Any) -> None:
+    with pytest.raises(InvalidField, match="attention"):
+        local(lambda client: client.heatmap(picture("red")))
 
 
 def test_label_sets_are_saved_used_and_deleted(local: Any) -> None:
