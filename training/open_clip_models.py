@@ -3,6 +3,9 @@ their sides."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,11 +38,23 @@ def create(architecture: str, **options: Any) -> Any:
             param="backbone",
         )
     try:
-        return open_clip.create_model(architecture, load_weights=False, pretrained_text=False, **options)
+        with _no_warning():
+            return open_clip.create_model(architecture, load_weights=False, pretrained_text=False, **options)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise InvalidField(
             f"open_clip cannot build '{architecture}' ({one_line(error)}).", param="backbone"
         ) from None
+
+
+@contextlib.contextmanager
+def _no_warning() -> Iterator[None]:
+    """open_clip warns of random weights, which are what was asked for."""
+    root, silent = logging.getLogger(), lambda record: False
+    root.addFilter(silent)
+    try:
+        yield
+    finally:
+        root.removeFilter(silent)
 
 
 def file_of(start: str, architecture: str) -> Path:

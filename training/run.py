@@ -40,10 +40,11 @@ __all__ = [
     "locked",
     "open_run",
     "read_json",
+    "remove_empty",
     "write_json",
 ]
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", ".lock"
 
 MAY_CHANGE = {
     "data", "backbone", "cache", "cache_folder", "workers", "device", "log_every", "knn_every",
@@ -125,7 +126,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         Conflict: Another process does.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -134,6 +135,16 @@ def locked(folder: Path) -> Iterator[None]:
                 param="out",
             ) from None
         yield
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes the folder of a run that was refused before it wrote anything."""
+    inside = [*folder.iterdir(), *folder.glob(f"{CHECKPOINTS}/*")]
+    if {one.name for one in inside} <= {LOCK, CHECKPOINTS}:
+        (folder / LOCK).unlink(missing_ok=True)
+        for one in (folder / CHECKPOINTS, folder):
+            with contextlib.suppress(OSError):
+                one.rmdir()
 
 
 def check_same_run(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

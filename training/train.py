@@ -45,6 +45,7 @@ from training.run import (
     encoder_prefix,
     locked,
     read_json,
+    remove_empty,
     write_json,
 )
 from training.schedules import Now
@@ -90,8 +91,11 @@ def train(method: str, data: str, out: Path, given: Mapping[str, str]) -> Outcom
     with contextlib.ExitStack() as exits:
         device = exits.enter_context(process_group(device_name))
         if is_main():
+            new = not Path(out).exists()
             Path(out).mkdir(parents=True, exist_ok=True)
             exits.enter_context(locked(Path(out)))
+            if new:
+                exits.callback(remove_empty, Path(out))
         return _train(method, data, Path(out), given, device=device, exits=exits)
 
 

@@ -80,7 +80,7 @@ def tune(tower: nn.Module, how: Tuning, *, blocks: int, rank: int, name: str) ->
             )
         if blocks > len(found):
             raise InvalidField(
-                f"last_blocks={blocks}, but the tower has {len(found)} blocks; give at most that, or "
+                f"last_blocks={blocks}, but the tower has only {len(found)}; give at most that, or "
                 f"{name}=all.",
                 param="last_blocks",
             )

@@ -116,5 +116,8 @@ class Captions:
             )
         shared = len(self.ids) - len(self.texts)
         if shared:
-            said.append(f"{shared:,} captions repeat one of another image and count as right for both.")
+            said.append(
+                f"{shared:,} of {len(self.ids):,} captions have the words of another image's; such pairs count as "
+                "right."
+            )
         return said

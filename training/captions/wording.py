@@ -137,7 +137,8 @@ def _finder(
             "say what labels them with label_by=.",
             param="captions",
         )
-    known = [one for one in columns if one not in {"folder", NAME}]
+    known = [one for one in columns if one not in {"folder", NAME, LABEL}]
+    words = [*known, NAME, *([LABEL] if classes[1] else [])]
     here = "captions=name (their file names)" + (", captions=label (class names)" if classes[1] else "")
     if by in {"", BESIDE}:
         columns_too = BESIDE if by else ", ".join(COLUMNS)
@@ -147,8 +148,7 @@ def _finder(
             param="captions",
         )
     raise InvalidField(
-        f"captions='{by}' is not known here; {closest(by, [*known, NAME, *([LABEL] if classes[1] else [])])} "
-        f"There are: {', '.join([*known, NAME])}{', label' if classes[1] else ''}.",
+        f"captions='{by}' is not known here; {closest(by, words)} There are: {', '.join(words)}.",
         param="captions",
     )
 

@@ -32,6 +32,8 @@ __all__ = ["ImageText", "ImageTextOptions"]
 
 TRAINED_LR = 0.1
 """Share of the learning rate for a text tower with trained weights, beside projections without."""
+MOST_LENGTH = 16_384
+"""Of shared vectors; more is a mistake, and would fill the memory."""
 MANY_PAIRS = 100_000
 """Pairs from which crops are as weak as open_clip's; fewer are seen so often that they need to differ."""
 
@@ -68,6 +70,11 @@ class ImageTextOptions(MethodOptions):
         for name, least in (("shared_length", 1), ("last_blocks", 1), ("lora_rank", 1), ("chunk", 0)):
             if getattr(self, name) < least:
                 raise InvalidField(f"{name}={getattr(self, name)}; it must be at least {least}.", param=name)
+        if self.shared_length > MOST_LENGTH:
+            raise InvalidField(
+                f"shared_length={self.shared_length}; it must be at most {MOST_LENGTH}. 256 to 1024 are usual.",
+                param="shared_length",
+            )
         if self.learns() == ("nothing", "nothing"):
             raise InvalidField(
                 "Both towers are locked, so there is nothing to train. Lock one, or let one learn in part "

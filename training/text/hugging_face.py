@@ -20,6 +20,10 @@ __all__ = ["PREFIX", "from_config", "from_folder"]
 PREFIX = "hf:"
 OFFSETS = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}
 """Positions that a kind of model keeps for itself: its padding's id + 1."""
+TOKENIZERS = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+)  # fmt: skip
+"""Files that hold a tokenizer's words."""
 
 
 class _Mean(nn.Module):
@@ -50,7 +54,16 @@ def from_folder(folder: str) -> TextTower:
             "writes it.",
             param="text",
         )
+    if not any((path / one).is_file() for one in TOKENIZERS):
+        # transformers would make up one without words.
+        raise InvalidField(
+            f"text={PREFIX}{folder}: the folder has no tokenizer (none of {', '.join(TOKENIZERS)}). Save the "
+            "model's own there, with tokenizer.save_pretrained.",
+            param="text",
+        )
     transformers = _library()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # of a moment
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         model = transformers.AutoModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
@@ -60,6 +73,9 @@ def from_folder(folder: str) -> TextTower:
         raise InvalidField(
             f"text={PREFIX}{folder} cannot be loaded by transformers: {said}", param="text"
         ) from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     context = _context(config)
     tokens = from_hugging_face(tokenizer, min(context, max(int(tokenizer.model_max_length), 8)))
     rules = TextRules(
