@@ -20,11 +20,12 @@ PREFIX = "open_clip:"
 """What the name of a backbone or text tower begins with that is one side of such a model."""
 
 
-def create(architecture: str, **options: Any) -> Any:
+def create(architecture: str, *, param: str = "backbone", **options: Any) -> Any:
     """A model of open_clip with random weights, in training mode.
 
     Args:
         architecture: open_clip's name, such as 'ViT-B-32'.
+        param: What errors say is wrong.
         options: Of `open_clip.create_model`, such as `force_image_size`.
 
     Raises:
@@ -35,14 +36,14 @@ def create(architecture: str, **options: Any) -> Any:
         raise InvalidField(
             f"open_clip has no architecture '{architecture}'; "
             f"{closest(architecture, open_clip.list_models())}",
-            param="backbone",
+            param=param,
         )
     try:
         with _no_warning():
             return open_clip.create_model(architecture, load_weights=False, pretrained_text=False, **options)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise InvalidField(
-            f"open_clip cannot build '{architecture}' ({one_line(error)}).", param="backbone"
+            f"open_clip cannot build '{architecture}' ({one_line(error)}).", param=param
         ) from None
 
 
@@ -57,7 +58,7 @@ def _no_warning() -> Iterator[None]:
         root.removeFilter(silent)
 
 
-def file_of(start: str, architecture: str) -> Path:
+def file_of(start: str, architecture: str, *, param: str = "start") -> Path:
     """A checkpoint that exists, or one of the tags that open_clip lists for the architecture, fetched.
 
     Raises:
@@ -73,7 +74,7 @@ def file_of(start: str, architecture: str) -> Path:
         raise NotFound(
             f"'{start}' is neither a file nor weights that open_clip has of '{architecture}'; "
             f"{closest(start, known)}",
-            param="start",
+            param=param,
         )
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, start)))
@@ -85,26 +86,27 @@ def file_of(start: str, architecture: str) -> Path:
         ) from error
 
 
-def load(model: nn.Module, start: str, architecture: str) -> None:
+def load(model: nn.Module, start: str, architecture: str, *, param: str = "start") -> None:
     """Loads a checkpoint of open_clip, resampling positions where the image size differs.
 
     Args:
         model: From `create`.
         start: As `file_of` takes it.
         architecture: open_clip's name.
+        param: What errors say is wrong.
 
     Raises:
         NotFound, EmbedServeError: As `file_of`.
         InvalidField: The weights do not fit.
     """
-    path = file_of(start, architecture)
+    path = file_of(start, architecture, param=param)
     try:
         library().load_checkpoint(model, str(path))
     except Exception as error:  # noqa: BLE001 -- what torch, safetensors and open_clip raise shares no base
         raise InvalidField(
             f"'{start}' does not fit open_clip's '{architecture}' ({one_line(error)}). Give a checkpoint of "
             "that architecture, saved by open_clip.",
-            param="start",
+            param=param,
         ) from None
 
 

@@ -13,7 +13,7 @@ from tests.training.ranks import on_ranks
 from tests.training.tiny import batch_for, tiny_method
 from training.batch_norm import synchronize_batch_norms
 from training.distributed import rank, world_size
-from training.method import Batch, Method
+from training.method import Batch, Method, Texts
 
 __all__ = ["assert_same_gradients", "assert_two_ranks_train_as_one", "doubled", "gradients"]
 
@@ -58,7 +58,8 @@ def _train(name: str, options: dict[str, Any], steps: int) -> tuple[list[float],
     for step in range(steps):
         batch = doubled(batch_for(method, seed=step, step=step))
         share = slice(rank() * len(batch.ids) // world_size(), (rank() + 1) * len(batch.ids) // world_size())
-        batch = replace(batch, views=[view[share] for view in batch.views], ids=batch.ids[share])
+        texts = batch.texts and Texts(batch.texts.tokens[share], batch.texts.ids[share])
+        batch = replace(batch, views=[view[share] for view in batch.views], ids=batch.ids[share], texts=texts)
         loss = method(batch)["loss"]
         loss.backward()
         mean = loss.detach().clone()

@@ -117,7 +117,7 @@ class Captions:
         shared = len(self.ids) - len(self.texts)
         if shared:
             said.append(
-                f"{shared:,} of {len(self.ids):,} captions have the words of another image's; such pairs count as "
-                "right."
+                f"{shared:,} of {len(self.ids):,} captions have the words of another image's; "
+                "such pairs count as right."
             )
         return said

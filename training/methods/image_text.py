@@ -72,7 +72,7 @@ class ImageTextOptions(MethodOptions):
                 raise InvalidField(f"{name}={getattr(self, name)}; it must be at least {least}.", param=name)
         if self.shared_length > MOST_LENGTH:
             raise InvalidField(
-                f"shared_length={self.shared_length}; it must be at most {MOST_LENGTH}. 256 to 1024 are usual.",
+                f"shared_length={self.shared_length}; it must be at most {MOST_LENGTH}.",
                 param="shared_length",
             )
         if self.learns() == ("nothing", "nothing"):

@@ -56,9 +56,9 @@ def _rules(architecture: str, vocabulary: int, padding: Literal["longest", "cont
 
 def text_tower(architecture: str, start: str = "", rules: TextRules | None = None) -> TextTower:
     """The text side alone, from a checkpoint of the whole model where `start` names one."""
-    model = create(architecture)
+    model = create(architecture, param="text")
     if start:
-        load(model, start, architecture)
+        load(model, start, architecture, param="text_start")
     return text_of(model, architecture, trained=bool(start), rules=rules)
 
 

@@ -1,4 +1,4 @@
-"""Where captions come from, for every form of a data set; what is refused, and what is skipped with a reason."""
+"""Where captions come from, for every form of a data set; what is refused, and what is skipped."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_every_line_of_a_file_beside_an_image_is_a_caption(tmp_path: Path) -> No
     assert said(captioned(tmp_path, "txt")) == said(source)
 
 
-def test_images_without_a_caption_are_skipped_and_the_rest_keeps_its_pixels_and_labels(tmp_path: Path) -> None:
+def test_images_without_a_caption_are_skipped_and_the_rest_keeps_its_pixels_and_labels(
+    tmp_path: Path,
+) -> None:
     folder_of(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
     (tmp_path / "a" / "1.txt").write_text("one")
     (tmp_path / "b" / "3.txt").write_text("three")
@@ -122,7 +124,9 @@ def test_a_webdataset_has_them_in_txt_members_and_in_fields_of_its_json(tmp_path
     for number in range(3):
         members[f"{number}.jpg"] = encoded(picture(number), "JPEG")
         members[f"{number}.txt"] = f"text {number}\nmore of {number}".encode()
-        members[f"{number}.json"] = json.dumps({"title": f"title {number}", "tags": ["x", f"y{number}"]}).encode()
+        members[f"{number}.json"] = json.dumps(
+            {"title": f"title {number}", "tags": ["x", f"y{number}"]}
+        ).encode()
     file = tar(tmp_path / "shard.tar", members)
     keys = [f"shard.tar/{number}.jpg" for number in range(3)]
     assert said(captioned(file)) == {key: (f"text {n}", f"more of {n}") for n, key in enumerate(keys)}
@@ -187,7 +191,9 @@ def test_a_template_needs_one_place_for_the_name(template: str) -> None:
 
 def test_a_data_set_without_captions_is_told_what_could_be_one(tmp_path: Path) -> None:
     file = listed(tmp_path, [("0.png", "x", "boot"), ("1.png", "y", "coat")], ("path", "titel", "label"))
-    with pytest.raises(InvalidField, match=r"has no captions.*captions=name.*captions=label.*, or a column: titel\."):
+    with pytest.raises(
+        InvalidField, match=r"has no captions.*captions=name.*captions=label.*, or a column: titel\."
+    ):
         captioned(file)
     with pytest.raises(InvalidField, match="captions='title' is not known here; did you mean 'titel'"):
         captioned(file, "title")
@@ -209,11 +215,13 @@ def test_class_names_need_classes(tmp_path: Path) -> None:
 
 def test_one_caption_for_all_images_tells_nothing_apart(tmp_path: Path) -> None:
     file = listed(tmp_path, [(name, "a product photo") for name in NAMES])
-    with pytest.raises(BadRequest, match="All images of '.*' have the caption 'a product photo'"):
+    with pytest.raises(BadRequest, match=r"All images of '.*' have the caption 'a product photo'"):
         captioned(file)
 
 
 def test_captions_that_are_all_left_out_are_counted_by_reason(tmp_path: Path) -> None:
     file = listed(tmp_path, [("0.png", " "), ("1.png", "IMG_0001"), ("2.png", "short")])
-    with pytest.raises(BadRequest, match=r"None of the 3 images .*1 empty, 1 an address.*1 fewer than 3 words"):
+    with pytest.raises(
+        BadRequest, match=r"None of the 3 images .*1 empty, 1 an address.*1 fewer than 3 words"
+    ):
         captioned(file, filter="align")

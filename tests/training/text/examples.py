@@ -18,7 +18,7 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "a", "shoe", "hat", 
 def word_tokenizer() -> Tokenizer:
     """Whole words, between a first and an end token."""
     ids = {word: number for number, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))  # noqa: S106 -- a word, not a secret
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -48,10 +48,10 @@ def hugging_face_folder(folder: Path, *, vocabulary: int = len(WORDS), tokenizer
     if tokenizer:
         transformers.PreTrainedTokenizerFast(
             tokenizer_object=word_tokenizer(),
-            unk_token="[UNK]",  # noqa: S106
-            pad_token="[PAD]",  # noqa: S106
-            cls_token="[CLS]",  # noqa: S106
-            sep_token="[SEP]",  # noqa: S106
+            unk_token="[UNK]",
+            pad_token="[PAD]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
             model_max_length=24,
         ).save_pretrained(folder)
     return folder
