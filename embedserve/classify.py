@@ -38,6 +38,8 @@ __all__ = [
     "Vote",
     "check_labels",
     "check_templates",
+    "in_templates",
+    "mean_direction",
     "probabilities",
     "vote",
 ]
@@ -157,6 +159,30 @@ def probabilities(
     return shares
 
 
+def in_templates(prompts: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The texts that stand for a label: each of its prompts in each template."""
+    return [template.replace("{}", prompt) for prompt in prompts for template in templates]
+
+
+def mean_direction(rows: Sequence[Vectors], prompts: Sequence[str]) -> Vectors:
+    """The vector of a label: the mean of its texts' unit vectors, float32 (dim,), of unit length again.
+
+    Args:
+        rows: One for each of `in_templates`.
+        prompts: For the message.
+
+    Raises InvalidField when they cancel out.
+    """
+    mean = np.mean(np.stack(rows), axis=0, dtype=np.float64)
+    norm = float(np.linalg.norm(mean))
+    if norm < 1e-6:
+        raise InvalidField(
+            f"The prompts of '{prompts[0][:80]}' cancel out; their mean has no direction. Use fewer prompts.",
+            param="labels",
+        )
+    return np.asarray(mean / norm, dtype=np.float32)
+
+
 class Classifier:
     """Zero-shot classification with the towers' encoder. One per app; used from one event loop."""
 
@@ -202,12 +228,7 @@ class Classifier:
         return np.stack([known[key] for key in keys.values()])
 
     async def _embed(self, keys: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> list[Vectors]:
-        texts = [
-            template.replace("{}", prompt)
-            for prompts, templates in keys
-            for prompt in prompts
-            for template in templates
-        ]
+        texts = [text for prompts, templates in keys for text in in_templates(prompts, templates)]
         rows: list[Vectors] = []
         for start in range(0, len(texts), EMBED_AT_ONCE):
             for row in await self._towers.texts(texts[start : start + EMBED_AT_ONCE]):
@@ -217,7 +238,7 @@ class Classifier:
         vectors, start = [], 0
         for prompts, templates in keys:
             end = start + len(prompts) * len(templates)
-            vectors.append(_mean_direction(rows[start:end], prompts))
+            vectors.append(mean_direction(rows[start:end], prompts))
             start = end
         return vectors
 
@@ -242,17 +263,6 @@ class Classifier:
             [Scored(labels[i], float(row_shares[i]), float(row_cosines[i])) for i in row]
             for row, row_shares, row_cosines in zip(order, shares, cosines, strict=True)
         ]
-
-
-def _mean_direction(rows: Sequence[Vectors], prompts: Sequence[str]) -> Vectors:
-    mean = np.mean(np.stack(rows), axis=0, dtype=np.float64)
-    norm = float(np.linalg.norm(mean))
-    if norm < 1e-6:
-        raise InvalidField(
-            f"The prompts of '{prompts[0][:80]}' cancel out; their mean has no direction. Use fewer prompts.",
-            param="labels",
-        )
-    return np.asarray(mean / norm, dtype=np.float32)
 
 
 # --- the vote of neighbours -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from embedserve.errors import BadRequest, InvalidField, closest
 from training.captions.filters import Filter, kept
 from training.data.listing import Files, Listing, Skipped, counted
 
-__all__ = ["COLUMNS", "TEMPLATES", "CaptionRules", "Worded", "worded"]
+__all__ = ["COLUMNS", "TEMPLATES", "CaptionRules", "Worded", "in_words", "worded"]
 
 COLUMNS = ("caption", "captions", "text", "txt", "description")
 """Columns that are taken for captions unasked, the first that is there."""
@@ -179,5 +179,9 @@ def named(key: str) -> str:
 def _of_class(names: Sequence[str], label: int, templates: Texts) -> Texts:
     if label < 0:
         return ()
-    name = re.sub(r"[_\-]+", " ", names[label])
-    return tuple(template.replace("{}", name) for template in templates)
+    return tuple(template.replace("{}", in_words(names[label])) for template in templates)
+
+
+def in_words(name: str) -> str:
+    """A class's name as it is said: "red_boot" is "red boot"."""
+    return re.sub(r"[_\-]+", " ", name).strip() or name

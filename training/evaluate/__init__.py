@@ -12,8 +12,9 @@ that draws its own picture. `Evaluation.run` times it and writes `<name>.json` a
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -38,6 +39,7 @@ from training.evaluate.report import (
 )
 from training.evaluate.retrieval import RetrievalSettings, evaluate_retrieval
 from training.evaluate.semi_supervised import SemiSettings, evaluate_semi_supervised
+from training.evaluate.zero_shot import ZeroShotSettings, evaluate_zero_shot, store_zero_shot
 
 __all__ = ["EVALUATIONS", "Evaluation", "EvaluationEncoder", "Result", "find", "open_encoder"]
 
@@ -54,9 +56,18 @@ class Evaluation(Generic[S]):
     Settings: type[S]
     """A frozen dataclass; each field is a key of `--set`."""
     measure: Callable[[EvaluationEncoder, Source, S, Progress], Result]
+    keep: Callable[[EvaluationEncoder, S, Any, dict[str, Any]], None] | None = None
+    """Puts into the encoder what its settings ask to be kept there, with how it was measured."""
 
     def run(
-        self, encoder: EvaluationEncoder, source: Source, settings: S, out: Path, progress: Progress = silent
+        self,
+        encoder: EvaluationEncoder,
+        source: Source,
+        settings: S,
+        out: Path,
+        progress: Progress = silent,
+        *,
+        command: str = "",
     ) -> Result:
         """Measures, and writes `<out>/<name>.json` and `<out>/<name>.png`.
 
@@ -66,6 +77,7 @@ class Evaluation(Generic[S]):
             settings: An instance of `Settings`.
             out: A folder; made where it is missing.
             progress: Called with how much is done, and of how much; some evaluations have several passes.
+            command: What was typed, for the record; told from the arguments where it is empty.
 
         Raises:
             InvalidField: The data or the encoder lacks what is needed, or a setting makes no sense.
@@ -76,6 +88,7 @@ class Evaluation(Generic[S]):
         result = self.measure(encoder, source, settings, progress)
         document = {
             "evaluation": self.name,
+            "command": command or self._command(encoder, source, settings),
             "encoder": encoder.name,
             "device": str(encoder.device),
             "data": source.name,
@@ -86,7 +99,23 @@ class Evaluation(Generic[S]):
         }
         write_json(out / f"{self.name}.json", document)
         write_picture(out / f"{self.name}.png", result.picture())
+        if self.keep is not None:
+            self.keep(encoder, settings, result, {key: document[key] for key in ("command", "data")})
         return result
+
+    def _command(self, encoder: EvaluationEncoder, source: Source, settings: S) -> str:
+        changed = [
+            f"{one.name}={getattr(settings, one.name)}"
+            for one in dataclasses.fields(settings)  # type: ignore[arg-type]
+            if getattr(settings, one.name) != one.default
+        ]
+        return command_line(self.name, encoder.name, source.name, changed)
+
+
+def command_line(name: str, encoder: str, data: str | None, settings: Sequence[str]) -> str:
+    """`embedserve eval …` as it can be pasted into a shell."""
+    words = ["embedserve", "eval", name, encoder, *(("--data", data) if data else ())]
+    return shlex.join([*words, *(word for one in settings for word in ("--set", one))])
 
 
 EVALUATIONS: dict[str, Evaluation[Any]] = {
@@ -100,6 +129,13 @@ EVALUATIONS: dict[str, Evaluation[Any]] = {
     ),
     "retrieval": Evaluation(
         "retrieval", "whether neighbours share a group or a label", RetrievalSettings, evaluate_retrieval
+    ),
+    "zero_shot": Evaluation(
+        "zero_shot",
+        "class names in words instead of labelled images; whether probabilities can be believed",
+        ZeroShotSettings,
+        evaluate_zero_shot,
+        store_zero_shot,
     ),
     "near_duplicates": Evaluation(
         "near_duplicates",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from embedserve.bundle import Bundle
 from embedserve.encoder import Encoder
 from embedserve.errors import EmbedServeError, InvalidField
 from embedserve.preprocess import preprocess
@@ -22,6 +23,8 @@ from training.evaluate.report import Progress, silent
 __all__ = ["BundleEncoder"]
 
 BATCH = 64
+TEXTS = 256
+"""Texts that are embedded between two reports of progress."""
 
 
 class BundleEncoder:
@@ -43,6 +46,13 @@ class BundleEncoder:
             )
         self._preprocessing = tower.preprocessing
         self.name, self.dim, self.device = self._encoder.name, self._encoder.dim, torch.device("cpu")
+        self.reader = _BundleReader(self._encoder) if self._encoder.has_text else None
+        self.path = path
+
+    @property
+    def bundle(self) -> Bundle:
+        """The files."""
+        return self._encoder.bundle
 
     def embed(self, source: Source, *, progress: Progress = silent, cached: bool = True) -> Embedded:
         """As `EvaluationEncoder.embed`; nothing is kept on disk."""
@@ -90,3 +100,27 @@ class BundleEncoder:
                 return
             for image, row in zip(batch, rows, strict=True):  # one without direction fails alone
                 self._run([image], [row], vectors, failed)
+
+
+class _BundleReader:
+    """A bundle's text tower."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.scoring = encoder.bundle.description.scoring
+
+    def embed(self, texts: Sequence[str], *, progress: Progress = silent) -> Tensor:
+        """As `Reader.embed`."""
+        parts = []
+        for start in range(0, len(texts), TEXTS):
+            parts.append(self._embed(texts[start : start + TEXTS]))
+            progress(min(start + TEXTS, len(texts)), len(texts))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        try:
+            return self._encoder.embed_texts(self._encoder.tokenize(texts))
+        except EmbedServeError as error:
+            if len(texts) > 1:  # find the one that fails
+                return np.concatenate([self._embed([text]) for text in texts])
+            raise InvalidField(f"The text '{texts[0][:80]}' has no vector: {error}", param="data") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from embedserve.errors import InvalidField, closest
 from training.data import open_source
-from training.evaluate import Evaluation, Result, open_encoder
+from training.evaluate import Evaluation, Result, command_line, open_encoder
 from training.evaluate.encoder import RunEncoder
 from training.evaluate.report import Progress
 from training.settings import typed_value
@@ -69,15 +69,18 @@ def evaluate(
     )
     encoder = open_encoder(path, device=device)
     as_trained = {"group_by": "", "label_by": ""}
+    captions = None
+    asked = command_line(evaluation.name, path, data, [f"{key}={value}" for key, value in given.items()])
     if isinstance(encoder, RunEncoder):
         if data in {None, encoder.data}:
             data, as_trained = encoder.data, {"group_by": encoder.group_by, "label_by": encoder.label_by}
+            captions = encoder.captions  # the same images, so the same ones are held out
         if out is None and Path(path).is_dir():
             out = Path(path) / "eval"
     if data is None:
         raise InvalidField(f"'{path}' is a bundle and knows no data; name some with --data.", param="data")
     folder = out or Path("eval")
     group_by, label_by = (given.get(key, as_trained[key]) for key in OF_DATA)
-    source = open_source(data, group_by=group_by, label_by=label_by)
-    result = evaluation.run(encoder, source, settings, folder, progress)
+    source = open_source(data, group_by=group_by, label_by=label_by, captions=captions)
+    result = evaluation.run(encoder, source, settings, folder, progress, command=asked)
     return Evaluated(result, folder / f"{evaluation.name}.json", folder / f"{evaluation.name}.png")

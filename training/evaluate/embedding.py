@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from embedserve.bundle import Scoring
 from embedserve.errors import BadRequest, InvalidField
 from training.data import Skipped, Source
 from training.evaluate.report import Progress, silent
 
-__all__ = ["READERS", "Embedded", "EvaluationEncoder", "finite", "without_failed"]
+__all__ = ["READERS", "Embedded", "EvaluationEncoder", "Reader", "Reading", "finite", "without_failed"]
 
 READERS = 4
 """Threads that decode images which are not cached."""
@@ -55,6 +56,27 @@ class EvaluationEncoder(Protocol):
 
         Raises BadRequest when no image can be read.
         """
+
+
+class Reader(Protocol):
+    """The text side of an encoder."""
+
+    scoring: Scoring
+    """How cosines of images and texts become probabilities."""
+
+    def embed(self, texts: Sequence[str], *, progress: Progress = silent) -> Tensor:
+        """Unit vectors of n ≥ 1 texts, in the space of the images: float32 [n, dim] on the encoder's device.
+
+        Raises InvalidField for a text that has no vector.
+        """
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """What an `EvaluationEncoder` has beside that when it may know texts."""
+
+    reader: Reader | None
+    """None: it knows images alone."""
 
 
 def without_failed(source: Source, vectors: Sequence[Tensor], failed: Mapping[int, str]) -> Embedded:

@@ -11,7 +11,7 @@ from embedserve.errors import InvalidField, NotFound
 from training.backbones import build
 from training.distributed import device_named
 from training.evaluate.bundle import BundleEncoder
-from training.evaluate.embedding import Embedded, EvaluationEncoder
+from training.evaluate.embedding import Embedded, EvaluationEncoder, Reader, Reading
 from training.evaluate.network import NetworkEncoder, PixelEncoder, RunEncoder
 
 __all__ = [
@@ -20,10 +20,12 @@ __all__ = [
     "EvaluationEncoder",
     "NetworkEncoder",
     "PixelEncoder",
+    "Reader",
     "RunEncoder",
     "baselines",
     "open_encoder",
     "require_network",
+    "require_reader",
 ]
 
 STARTER = "starter"
@@ -88,3 +90,17 @@ def require_network(encoder: EvaluationEncoder, evaluation: str) -> NetworkEncod
         "Name the folder of the run that the bundle was exported from.",
         param="path",
     )
+
+
+def require_reader(encoder: EvaluationEncoder, evaluation: str) -> Reader:
+    """The encoder's text side. Raises InvalidField for one that knows images alone."""
+    reader = encoder.reader if isinstance(encoder, Reading) else None
+    if reader is None:
+        raise InvalidField(
+            f"'{encoder.name}' has no text tower, and {evaluation} compares images with texts. Name a run "
+            f"of clip, siglip or lit, a bundle with both towers, or '{STARTER}'; for images alone there are "
+            "knn, linear and retrieval.",
+            param="path",
+            code="no_text_tower",
+        )
+    return reader

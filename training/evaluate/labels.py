@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ from training.data import Source, split
 from training.evaluate.embedding import Embedded, EvaluationEncoder
 from training.evaluate.report import Progress, silent
 
-__all__ = ["HOLDOUT", "Task", "labelled_rows", "labelled_task"]
+__all__ = ["HOLDOUT", "Images", "Task", "judged_rows", "labelled_rows", "labelled_task", "unseen_rows"]
 
 Rows = NDArray[np.int64]
+
+Images = Literal["auto", "all"]
+"""Which images an evaluation without learning judges: those of `unseen_rows`, or all."""
 
 HOLDOUT = 0.1
 """Share held out where neither the data nor a training has decided."""
@@ -45,6 +49,40 @@ class Task:
         return len(self.class_names)
 
 
+def unseen_rows(source: Source, encoder: EvaluationEncoder, images: Images = "auto") -> Rows:
+    """The data's own test part, else what the encoder's training held out, else all."""
+    if images == "auto":
+        test = split(source, holdout=encoder.holdout or 0.0, seed=encoder.seed)[1]
+        if len(test):
+            return test
+    return np.arange(len(source), dtype=np.int64)
+
+
+def judged_rows(
+    source: Source, encoder: EvaluationEncoder, images: Images = "auto", *, evaluation: str
+) -> Rows:
+    """The labelled ones of `unseen_rows`.
+
+    Raises:
+        InvalidField: There is none, or there is one class to choose from.
+    """
+    _check_labels(source, evaluation)
+    if len(source.class_names) < 2:
+        raise InvalidField(
+            f"{evaluation} tells classes apart, and '{source.name}' has only '{source.class_names[0]}'; it "
+            "takes two classes at least.",
+            param="data",
+        )
+    rows = unseen_rows(source, encoder, images)
+    rows = rows[source.labels[rows] >= 0]
+    if not len(rows):
+        raise InvalidField(
+            f"None of the images of '{source.name}' that are held out has a label; set images=all.",
+            param="images",
+        )
+    return rows
+
+
 def labelled_rows(
     source: Source, encoder: EvaluationEncoder, *, evaluation: str, holdout: float = 0.0
 ) -> tuple[Rows, Rows]:
@@ -62,13 +100,7 @@ def labelled_rows(
     Raises:
         InvalidField: No labels, a single class, or nothing on one of the sides.
     """
-    if not source.class_names or not (source.labels >= 0).any():
-        raise InvalidField(
-            f"{evaluation} needs labels, and '{source.name}' has none. Put the images into one folder "
-            "for each class, or give a list with a label column (label_by=NAME). Without labels there are "
-            "near_duplicates and attention, and retrieval over groups (group_by).",
-            param="data",
-        )
+    _check_labels(source, evaluation)
     share = holdout or (HOLDOUT if encoder.holdout is None else encoder.holdout)
     train, test = split(source, holdout=share, seed=encoder.seed)
     train, test = train[source.labels[train] >= 0], test[source.labels[test] >= 0]
@@ -87,6 +119,16 @@ def labelled_rows(
             param="holdout",
         )
     return train, test
+
+
+def _check_labels(source: Source, evaluation: str) -> None:
+    if not source.class_names or not (source.labels >= 0).any():
+        raise InvalidField(
+            f"{evaluation} needs labels, and '{source.name}' has none. Put the images into one folder "
+            "for each class, or give a list with a label column (label_by=NAME). Without labels there are "
+            "near_duplicates and attention, and retrieval over groups (group_by).",
+            param="data",
+        )
 
 
 def labelled_task(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from training.data.ahead import in_order
 from training.data.squares import decode_rows
 from training.evaluate.embedding import READERS, Embedded, finite, without_failed
 from training.evaluate.report import Progress, silent
+
+if TYPE_CHECKING:
+    from training.captions.wording import CaptionRules
+    from training.evaluate.run_reader import RunReader
 
 __all__ = ["MethodEmbedding", "NetworkEncoder", "PixelEncoder", "RunEncoder"]
 
@@ -157,14 +161,18 @@ class RunEncoder(NetworkEncoder):
     """The encoder of a run or checkpoint.
 
     Attributes:
-        data, group_by, label_by: What the run was trained on, as `open_source` takes it.
+        data, group_by, label_by, captions: What the run was trained on, as `open_source` takes it.
+        reader: The text side of a run that learned from captions.
     """
 
     data: str
     group_by: str
     label_by: str
+    captions: CaptionRules | None
+    reader: RunReader | None
 
     def __init__(self, path: str, device: torch.device | str) -> None:
+        from training.evaluate.run_reader import caption_rules_of, reader_of
         from training.method import Method
         from training.run import open_run
 
@@ -184,6 +192,8 @@ class RunEncoder(NetworkEncoder):
             workers=config.workers,
         )
         self.data, self.group_by, self.label_by = config.data, config.group_by, config.label_by
+        self.captions = caption_rules_of(trained.method)
+        self.reader = reader_of(trained.method, self.device)
 
 
 class PixelEncoder:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.training.tiny import TinyConv
 from training.data import Source
-from training.evaluate.embedding import Embedded
+from training.evaluate.embedding import Embedded, Reader
 from training.evaluate.network import NetworkEncoder
 
 COLOURS = ((220, 30, 30), (30, 200, 40), (40, 60, 220), (220, 210, 40))
@@ -86,6 +86,7 @@ class EyeEncoder:
     holdout: float | None = None
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    reader: Reader | None = None
 
     def embed(self, source: Source, *, progress=lambda done, total: None, cached: bool = True) -> Embedded:
         vectors = [self.function(np.asarray(source.read(row), np.float64)) for row in range(len(source))]
