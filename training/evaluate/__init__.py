@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 from embedserve.errors import NotFound, closest
 from training.data import Source
 from training.evaluate.attention import AttentionSettings, evaluate_attention
+from training.evaluate.captions import CaptionsSettings, evaluate_captions
 from training.evaluate.dense import DenseSettings, evaluate_dense
 from training.evaluate.encoder import EvaluationEncoder, open_encoder
 from training.evaluate.finetune import FinetuneSettings, evaluate_finetune
@@ -58,6 +59,8 @@ class Evaluation(Generic[S]):
     measure: Callable[[EvaluationEncoder, Source, S, Progress], Result]
     keep: Callable[[EvaluationEncoder, S, Any, dict[str, Any]], None] | None = None
     """Puts into the encoder what its settings ask to be kept there, with how it was measured."""
+    captioned: bool = False
+    """Whether it needs captions."""
 
     def run(
         self,
@@ -136,6 +139,13 @@ EVALUATIONS: dict[str, Evaluation[Any]] = {
         ZeroShotSettings,
         evaluate_zero_shot,
         store_zero_shot,
+    ),
+    "captions": Evaluation(
+        "captions",
+        "images find their captions, captions their images",
+        CaptionsSettings,
+        evaluate_captions,
+        captioned=True,
     ),
     "near_duplicates": Evaluation(
         "near_duplicates",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embedserve.errors import InvalidField, closest
+from training.captions import CaptionRules
 from training.data import open_source
 from training.evaluate import Evaluation, Result, command_line, open_encoder
 from training.evaluate.encoder import RunEncoder
@@ -20,6 +21,8 @@ __all__ = ["Evaluated", "evaluate"]
 
 OF_DATA = ("group_by", "label_by")
 """Keys that say how the data is read, beside the evaluation's own."""
+CAPTIONS = "captions"
+"""One more, of evaluations that need captions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +54,17 @@ def evaluate(
         path: As `open_encoder` takes it.
         data: As `open_source` takes it; what the run was trained on where it is None.
         out: A folder; 'eval' in the run's folder where it is None, else in the current one.
-        given: Settings of the evaluation, and `group_by` and `label_by` of the data, as text.
+        given: Settings of the evaluation, and `group_by`, `label_by` and `captions` of the data, as text.
 
     Raises:
         InvalidField: A bundle without data, an unknown key, or what `Evaluation.run` raises.
     """
     known = [one.name for one in dataclasses.fields(evaluation.Settings)]
+    keys = (*known, *OF_DATA, *((CAPTIONS,) if evaluation.captioned else ()))
     for key in given:
-        if key not in (*known, *OF_DATA):
+        if key not in keys:
             raise InvalidField(
-                f"--set {key}: there is no such key for {evaluation.name}; "
-                f"{closest(key, (*known, *OF_DATA))}",
-                param=key,
+                f"--set {key}: there is no such key for {evaluation.name}; {closest(key, keys)}", param=key
             )
     settings = evaluation.Settings(
         **{key: typed_value(evaluation.Settings, key, value) for key, value in given.items() if key in known}
@@ -81,6 +83,9 @@ def evaluate(
         raise InvalidField(f"'{path}' is a bundle and knows no data; name some with --data.", param="data")
     folder = out or Path("eval")
     group_by, label_by = (given.get(key, as_trained[key]) for key in OF_DATA)
+    if evaluation.captioned:
+        captions = captions or CaptionRules()
+        captions = dataclasses.replace(captions, by=given.get(CAPTIONS, captions.by))
     source = open_source(data, group_by=group_by, label_by=label_by, captions=captions)
     result = evaluation.run(encoder, source, settings, folder, progress, command=asked)
     return Evaluated(result, folder / f"{evaluation.name}.json", folder / f"{evaluation.name}.png")

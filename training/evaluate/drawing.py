@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["RIGHT", "WRONG", "Tile", "bars", "chart", "grid", "heatmap", "overlay", "stack"]
+__all__ = ["RIGHT", "WRONG", "Tile", "bars", "chart", "fitting", "grid", "heatmap", "overlay", "stack"]
 
 Colour = tuple[int, int, int]
 RIGHT, WRONG = (0, 137, 101), (213, 84, 0)
@@ -48,7 +48,7 @@ def grid(rows: Sequence[Sequence[Tile]], *, side: int = 96, columns: Sequence[st
     canvas = Image.new("RGB", (cell[0] * max(across, 1) + GAP, head + cell[1] * len(rows) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for column, words in enumerate(columns):
-        draw.text((GAP + column * cell[0], GAP), _fitting(words, cell[0] - GAP, font), "black", font)
+        draw.text((GAP + column * cell[0], GAP), fitting(words, cell[0] - GAP, font), "black", font)
     for at_row, row in enumerate(rows):
         for at_column, tile in enumerate(row):
             left, top = GAP + at_column * cell[0], GAP + head + at_row * cell[1]
@@ -58,7 +58,7 @@ def grid(rows: Sequence[Sequence[Tile]], *, side: int = 96, columns: Sequence[st
                 draw.rectangle(box, fill="white", outline=tile.frame, width=FRAME)
             inside = (left + FRAME + (side - small.width) // 2, top + FRAME + (side - small.height) // 2)
             canvas.paste(small, inside)
-            words = _fitting(tile.caption, cell[0] - GAP, font)
+            words = fitting(tile.caption, cell[0] - GAP, font)
             draw.text((left, top + side + 2 * FRAME + 1), words, "black", font)
     return canvas
 
@@ -70,7 +70,7 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, how)
 
 
-def _fitting(words: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def fitting(words: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The words, cut so that they are at most `width` pixels long."""
     if font.getlength(words) <= width:
         return words

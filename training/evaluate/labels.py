@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,16 @@ from training.data import Source, split
 from training.evaluate.embedding import Embedded, EvaluationEncoder
 from training.evaluate.report import Progress, silent
 
-__all__ = ["HOLDOUT", "Images", "Task", "judged_rows", "labelled_rows", "labelled_task", "unseen_rows"]
+__all__ = [
+    "HOLDOUT",
+    "Images",
+    "Task",
+    "embed_chosen",
+    "judged_rows",
+    "labelled_rows",
+    "labelled_task",
+    "unseen_rows",
+]
 
 Rows = NDArray[np.int64]
 
@@ -81,6 +91,25 @@ def judged_rows(
             param="images",
         )
     return rows
+
+
+def embed_chosen(
+    encoder: EvaluationEncoder, source: Source, choose: Callable[[Source], Rows], progress: Progress = silent
+) -> Embedded:
+    """Embeds the rows that `choose` takes of a source, and no more where that is possible.
+
+    Which images a training held out follows from all images that can be read, so these are read first.
+    """
+    if encoder.holdout is None or source.test.any():
+        return encoder.embed(source.select(choose(source)), progress=progress)
+    choose(source)  # says what is wrong before the work
+    embedded = encoder.embed(source, progress=progress)
+    rows = choose(embedded.source)
+    return Embedded(
+        embedded.vectors[torch.from_numpy(rows).to(embedded.vectors.device)],
+        embedded.source.select(rows),
+        embedded.skipped,
+    )
 
 
 def labelled_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.precision import full_precision
 
-__all__ = ["recall", "same"]
+__all__ = ["ahead", "recall", "same"]
 
 CHUNK = 2**23
 """Similarities looked at at once."""
@@ -32,17 +32,30 @@ def recall(
             without a right answer finds nothing.
         most: Values of k, from 1.
     """
-    queries, gallery = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
     wanted, given = right
+    before = ahead(queries, gallery, lambda start, end: wanted[start:end, None] == given)
+    return [float((before < k).double().mean()) if len(before) else float("nan") for k in most]
+
+
+@full_precision
+@torch.no_grad()
+def ahead(queries: Tensor, gallery: Tensor, belongs: Callable[[int, int], Tensor]) -> Tensor:
+    """How many wrong answers are as near as the nearest right one, or nearer: int64 [m].
+
+    Args:
+        queries: [m, dim]; gallery: [n, dim], of any length.
+        belongs: Called with start and end of some queries: bool [end - start, n], the right answers. Where
+            there is none, all n count as ahead.
+    """
+    queries, gallery = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
     step = max(1, CHUNK // max(len(gallery), 1))
     before = []
     for start in range(0, len(queries), step):
         cosines = queries[start : start + step] @ gallery.T
-        belongs = wanted[start : start + step, None] == given
-        best = cosines.masked_fill(~belongs, -torch.inf).amax(1, keepdim=True)
-        before.append(((cosines >= best) & ~belongs).sum(1).masked_fill(~belongs.any(1), len(gallery)))
-    ahead = torch.cat(before) if before else torch.zeros(0)
-    return [float((ahead < k).double().mean()) if len(ahead) else float("nan") for k in most]
+        right = belongs(start, start + len(cosines))
+        best = cosines.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        before.append(((cosines >= best) & ~right).sum(1).masked_fill(~right.any(1), len(gallery)))
+    return torch.cat(before) if before else torch.zeros(0, dtype=torch.int64)
 
 
 def same(ids: Tensor) -> tuple[Tensor, Tensor]:

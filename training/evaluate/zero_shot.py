@@ -36,7 +36,7 @@ from training.evaluate.calibration import (
     reliability,
 )
 from training.evaluate.encoder import EvaluationEncoder, Reader, require_reader
-from training.evaluate.labels import Images, judged_rows
+from training.evaluate.labels import Images, embed_chosen, judged_rows
 from training.evaluate.report import PICTURE_ONLY, Progress, silent
 from training.evaluate.scoring_of_bundle import check_storable, store_scoring
 from training.evaluate.zero_shot_picture import zero_shot_picture
@@ -187,27 +187,29 @@ def evaluate_zero_shot(
     """
     reader = require_reader(encoder, "zero_shot")
     templates = check_templates(settings.templates.split("|"))
-    rows = judged_rows(source, encoder, settings.images, evaluation="zero_shot")
+
+    def chosen(source: Source) -> Labels:
+        return judged_rows(source, encoder, settings.images, evaluation="zero_shot")
+
+    images = len(chosen(source))
     if settings.store:
         check_storable(encoder)
-        if len(rows) < LEAST_IMAGES:
-            raise InvalidField(_too_few(len(rows)), param="store")
+        if images < LEAST_IMAGES:
+            raise InvalidField(_too_few(images), param="store")
     vectors = class_vectors(reader, source.class_names, templates)
-    embedded = encoder.embed(source, progress=progress)
-    rows = judged_rows(embedded.source, encoder, settings.images, evaluation="zero_shot")
-    cosines = _cosines(embedded.vectors[torch.from_numpy(rows).to(embedded.vectors.device)], vectors)
-    labels = embedded.source.labels[rows]
+    embedded = embed_chosen(encoder, source, chosen, progress)
+    cosines, labels = _cosines(embedded.vectors, vectors), embedded.source.labels
     calibration, why = _calibration(cosines, labels, reader.scoring, settings.seed)
     if settings.store and calibration is None:
         raise InvalidField(why, param="store")
     confusion = _confusion(cosines, labels)
     seen = confusion.sum(1) > 0
     return ZeroShotResult(
-        top1=float(np.trace(confusion) / len(rows)),
+        top1=float(np.trace(confusion) / len(labels)),
         top5=_top5(cosines, labels) if cosines.shape[1] > 5 else None,
         per_class=float((np.diag(confusion)[seen] / confusion.sum(1)[seen]).mean()),
-        chance=float(confusion.sum(1).max() / len(rows)),
-        images=len(rows),
+        chance=float(confusion.sum(1).max() / len(labels)),
+        images=len(labels),
         classes=len(source.class_names),
         templates=templates,
         calibration=calibration,

@@ -79,6 +79,23 @@ def test_the_image_tower_is_evaluated_like_any_other(folder: Path, name: str, en
     assert found["top1"] > 0.9
 
 
+def test_captions_are_found_on_what_the_run_held_out(folder: Path) -> None:
+    found = _evaluated(folder, "captions", "run")
+    assert found["result"]["images"] == 24
+    assert found["result"]["wordings"] == 4  # of two classes, in the two sentences of the training
+    assert found["result"]["text_to_image"]["recall_at_1"] > 0.9
+
+
+def test_captions_of_a_bundle_are_where_one_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", str(folder / "pictures"))
+    found = _evaluated(folder, "captions", "bundle", *data, "--set", "captions=label", "--set", "most=50")
+    assert (found["result"]["images"], found["settings"]["most"]) == (50, 50)
+    assert main(["eval", "captions", str(folder / "bundle"), *data, "--out", str(folder / "out")]) == 1
+    assert "captions=label" in capsys.readouterr().err
+    assert main(["eval", "knn", str(folder / "bundle"), *data, "--set", "captions=label"]) == 1
+    assert "no such key" in capsys.readouterr().err
+
+
 def test_a_run_without_texts_says_so(folder: Path) -> None:
     train(
         "simclr",
