@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,6 @@ from embedserve.config import Switch
 from embedserve.errors import EmbedServeError
 
 if TYPE_CHECKING:
-    from embedserve.bundle import Bundle
     from training.settings_help import KeyHelp
 
 ListSwitch = Annotated[bool, Parameter(name="--list", negative=())]
@@ -193,6 +193,7 @@ def export(
         from training.export import export as write
         from training.export.calibration import from_folder
         from training.export.original import Choices
+        from training.export.report import report
 
         chosen = Choices(weights=weights, random=random, projection=projection, pooling=pooling, size=size)
         bundle = write(
@@ -201,12 +202,15 @@ def export(
             choices=chosen,
             calibration=from_folder(calibrate) if calibrate is not None else None,
             precision=precision,
+            say=note if sys.stderr.isatty() and not json else lambda step: None,
         )
     if json:
         described = bundle.description.model_dump(mode="json", exclude={"probe", "files"})
         print_json({"folder": str(bundle.folder), **described})
-    else:
-        _print_bundle(bundle)
+        return OK
+    for line in report(bundle):
+        print(line)
+    note(f"next: embedserve check {out}, or embedserve serve --encoder {out}")
     return OK
 
 
@@ -221,25 +225,3 @@ def _list_sources() -> int:
     for row in rows():
         print("  " + "  ".join(f"{value}" for value in row.values() if value))
     return OK
-
-
-def _print_bundle(bundle: Bundle) -> None:
-    described = bundle.description
-    size = sum(path.stat().st_size for path in bundle.folder.iterdir())
-    what = f"{bundle.dim} numbers, {described.precision}, {size / 1e6:.1f} MB"
-    print(f"{bundle.name}: {what}, in '{bundle.folder}'")
-    for tower in ("image", "text"):
-        found = described.parity.get(tower)
-        if found and "min_cosine" in found:
-            print(
-                f"{tower:6}cosine to PyTorch at least {found['min_cosine']:.6f}, mean "
-                f"{found['mean_cosine']:.6f} ({found['n']} inputs)"
-            )
-        measured = described.parity.get("precision", {}).get(tower, {})
-        if "chosen" in measured:
-            one = measured[measured["chosen"]]
-            print(
-                f"{'':6}{measured['chosen']}: {one['times_float32']} times float32's speed, cosine at least "
-                f"{one['min_cosine']}, top-10 neighbours {one['top10_overlap']:.0%} the same"
-            )
-    note(f"next: embedserve check {bundle.folder}, or embedserve serve --encoder {bundle.folder}")

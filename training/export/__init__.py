@@ -7,6 +7,7 @@ graphs.py         PyTorch → ONNX
 calibration.py    the images and texts that everything is measured on
 parity.py         serving against PyTorch
 precision/        float16 and int8, by measurement
+report.py         what a person reads after it
 write.py          all of it together, in a folder that appears whole or not at all
 card.py           the model card
 """
@@ -14,6 +15,8 @@ card.py           the model card
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,17 @@ SOURCES: dict[str, str] = {
 """What stands before the colon of a source → the module that knows it. 'starter' stands alone, and a path
 is a run or checkpoint of `embedserve train` without saying so."""
 
+LOOKED_AT: dict[str, frozenset[str]] = {
+    STARTER: frozenset(),
+    "open_clip": frozenset({"weights", "random", "pooling"}),
+    "timm": frozenset({"weights", "random", "pooling", "size"}),
+    "torchvision": frozenset({"weights", "random", "pooling", "size"}),
+    "hf": frozenset({"weights", "random", "pooling"}),
+    "published": frozenset({"weights", "random", "pooling", "projection"}),
+    RUN: frozenset({"weights", "random", "pooling", "size", "projection"}),
+}
+"""Which of `Choices` a source looks at, be it to refuse a value. Others are refused here: none is ignored."""
+
 
 def export(
     source: str,
@@ -49,6 +63,7 @@ def export(
     choices: Choices | None = None,
     calibration: Calibration | None = None,
     precision: Wanted = "fp32",
+    say: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Writes the encoder bundle of `source` to the folder `out`, replacing a bundle that is there.
 
@@ -60,6 +75,7 @@ def export(
         calibration: What serving is compared with PyTorch on; a built-in set otherwise.
         precision: What to compute in: 'fp32', 'fp16' (for GPUs), 'int8', or 'auto', which takes the fastest
             on this machine's CPU that keeps enough of the vectors.
+        say: Told what is being done, before each step that takes a while.
 
     Raises:
         InvalidField: The source is unknown, or a choice does not suit it.
@@ -72,6 +88,9 @@ def export(
     out = Path(out)
     check_out(out)  # before anything is downloaded or computed
     scheme, rest = _parsed(source)
+    given = [] if choices is None else list(_given(choices))
+    _refuse_ignored(scheme, given, precision, calibration)
+    say("Reading the network")
     module: Any = importlib.import_module(SOURCES[scheme])
     if scheme == STARTER:
         bundle: Bundle = module.build(out)
@@ -86,8 +105,53 @@ def export(
         out,
         calibration=calibration or built_in(),
         precision=precision,
-        command=f"embedserve export {source}",
+        command=_command(scheme, rest, given, precision),
+        say=say,
     )
+
+
+def _given(choices: Choices) -> Iterator[tuple[str, Any]]:
+    """The choices that are not their defaults."""
+    for one in fields(choices):
+        value = getattr(choices, one.name)
+        if value != one.default:
+            yield one.name, value
+
+
+def _refuse_ignored(
+    scheme: str, given: Sequence[tuple[str, Any]], precision: Wanted, calibration: Calibration | None
+) -> None:
+    names = [name for name, _ in given if name not in LOOKED_AT[scheme]]
+    if scheme == STARTER:  # built by a recipe of its own
+        names += ["precision"] if precision != "fp32" else []
+        names += ["calibrate"] if calibration is not None else []
+    for name in names:
+        takes = ", ".join(f"--{one}" for one in sorted(LOOKED_AT[scheme])) or "no choices"
+        raise InvalidField(
+            f"--{name} means nothing for a source of the kind '{scheme}', which takes {takes}; leave it out.",
+            param=name,
+        )
+
+
+def _command(scheme: str, rest: str, given: Sequence[tuple[str, Any]], precision: Wanted) -> str:
+    """What was typed, for the model card, without the folders of this machine."""
+    words = ["embedserve export", _without_folders(scheme, rest)]
+    for name, value in given:
+        words += [f"--{name}"] if value is True else [f"--{name}", getattr(value, "name", str(value))]
+    if precision != "fp32":
+        words += ["--precision", precision]
+    return " ".join(words)
+
+
+def _without_folders(scheme: str, rest: str) -> str:
+    if scheme == RUN:
+        return Path(rest).name
+    head, slash, tail = rest.partition("/")
+    if Path(rest).exists():  # a folder of Hugging Face
+        return f"{scheme}:{Path(rest).name}"
+    if slash and Path(tail).exists():  # a local checkpoint in the place of a tag
+        return f"{scheme}:{head}/{Path(tail).name}"
+    return f"{scheme}:{rest}"
 
 
 def _parsed(source: str) -> tuple[str, str]:

@@ -42,7 +42,11 @@ give all inputs nearly the same vector, random ones above all: there every cosin
 NO_SPREAD = 1e-4
 """Below this median distance all inputs have one vector, and a share of it says nothing."""
 
-BATCHES = (1, 2, 17)
+ALONE = 4
+"""Images that are embedded one by one as well, to be compared with the same ones in company."""
+BATCHES = (2, 17)
+SAME_PIXELS = 8
+"""Images on which the graph alone is compared, to tell its departures from those of preprocessing."""
 NEIGHBOURS = 10
 LABELS = 10
 MOST_LENGTHS = 24
@@ -187,8 +191,8 @@ def _pixel_difference(graph: ImageGraph, pixels: Pixels, expected: Tensor) -> fl
 def _graph_agreement(
     graph: ImageGraph, served: Sequence[Pixels], found: Vectors, names: Sequence[str]
 ) -> Figures:
-    """On the pixels that serving saw, for as many images as the largest batch has."""
-    some = served[: max(BATCHES)]
+    """On the pixels that serving saw."""
+    some = served[:SAME_PIXELS]
     with torch.no_grad():
         parts = [graph(torch.from_numpy(np.stack(part))) for part in _parts(some, TORCH_BATCH)]
     vectors = torch.cat([one if isinstance(one, Tensor) else one[0] for one in parts]).numpy()
@@ -196,18 +200,21 @@ def _graph_agreement(
 
 
 def _image_batches(encoder: Encoder, served: Sequence[Pixels]) -> Figures:
+    """The first images in batches against each by itself."""
     most = encoder.images_per_run
+
+    def embedded(images: Sequence[Pixels], at_once: int) -> Vectors:
+        encoder.images_per_run = at_once
+        return _embedded(encoder, "image", images)
+
     try:
-        encoder.images_per_run = 1
-        alone = _embedded(encoder, "image", _cycled(served, max(BATCHES)))
-        figures = {}
-        for size in BATCHES[1:]:
-            encoder.images_per_run = size
-            some = _cycled(served, size)
-            figures[str(size)] = _agreement(_embedded(encoder, "image", some), alone[:size])
+        alone = embedded(_cycled(served, ALONE), 1)
+        return {
+            str(size): _agreement(embedded(_cycled(served, size), size)[:ALONE], alone[:size])
+            for size in BATCHES
+        }
     finally:
         encoder.images_per_run = most
-    return figures
 
 
 # -------------------------------------------------------------------------------------------------- texts
@@ -266,7 +273,7 @@ def _text_batches(encoder: Encoder, tokens: Sequence[Sequence[int]]) -> Figures:
         encoder.tokens_per_run = max(BATCHES) * encoder.tokenizer.context
         return {
             str(size): _agreement(_embedded(encoder, "text", _cycled(tokens, size)), alone[:size])
-            for size in BATCHES[1:]
+            for size in BATCHES
         }
     finally:
         encoder.tokens_per_run = most

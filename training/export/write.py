@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def write(
     calibration: Calibration,
     precision: Wanted = "fp32",
     command: str = "",
+    say: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Writes the bundle of `original` to `out`, measured against it; nothing is left where that fails.
 
@@ -54,6 +55,7 @@ def write(
         calibration: What serving and PyTorch are compared on.
         precision: What to compute in; 'auto' is what is fastest on this machine's CPU and keeps enough.
         command: What was typed, for the model card.
+        say: Told what is being done, before each step that takes a while.
 
     Raises:
         Departed: Serving's vectors are not those of the network.
@@ -62,13 +64,16 @@ def write(
             too much of its vectors.
     """
     with new_bundle(out) as folder:
+        say("Writing it as ONNX graphs")
         description = _write_towers(folder, original)
         seal(folder, description)
         encoder = Encoder.load(folder)
+        say(f"Comparing serving with PyTorch ({calibration.origin})")
         figures = parity.measure(encoder, original, calibration)
         parity.require(figures)
         notes = original.notes
         if precision != "fp32":
+            say("Measuring other precisions")
             description, chosen = _reduce(folder, description, encoder, calibration, precision)
             figures |= {"precision": {tower: one.figures for tower, one in chosen.items()}}
             notes += tuple(f"{tower}: {note}" for tower, one in chosen.items() for note in one.notes)
