@@ -170,7 +170,9 @@ class ImageText(Method[O]):
         return (augmentation.view(facts.size),)
 
     def parameter_rules(self) -> list[ParameterRule]:
-        return [ParameterRule(module=self.text, lr=TRAINED_LR)] if self.text.trained else []
+        # Low-rank additions are new weights, whatever they are added to.
+        known = self.text.trained and self.options.learns()[1] != "lora"
+        return [ParameterRule(module=self.text, lr=TRAINED_LR)] if known else []
 
     # ----------------------------------------------------------------------------------------- vectors
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Task, TaskID
     from rich.text import Text
 
-__all__ = ["Progress", "duration"]
+__all__ = ["Progress", "about_captions", "duration"]
 
 LINE_SECONDS, DECODING_SECONDS, SHOWN_PROBLEMS = 30.0, 0.2, 5
 
@@ -88,7 +88,7 @@ class Progress:
             self._say(f"  skipped {one['key']}: {one['reason']}")
         if len(data["skipped"]) > SHOWN_PROBLEMS:
             self._say(f"  … and {len(data['skipped']) - SHOWN_PROBLEMS} more; config.json lists all")
-        for line in _about_captions(data.get("captions")):
+        for line in about_captions(data.get("captions")):
             self._say(f"  {line}")
         if first_step:
             epoch = first_step / facts["steps_per_epoch"]
@@ -214,7 +214,7 @@ def _bar() -> Bar:
     return Bar(*columns, console=Console(stderr=True), speed_estimate_period=300)
 
 
-def _about_captions(captions: Mapping[str, Any] | None) -> list[str]:
+def about_captions(captions: Mapping[str, Any] | None) -> list[str]:
     """Where they are from, what was left out, and what may be wrong with them."""
     if captions is None:
         return []

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.durable import replacing
 from training.watch.alarms import Alarm
-from training.watch.progress import duration
+from training.watch.progress import about_captions, duration
 
 __all__ = ["write_readme"]
 
@@ -208,6 +208,7 @@ def _data(record: Record) -> str:
     if data["classes"]:
         shown = ", ".join(str(name) for name in data["classes"][:20])
         lines.append(f"- Classes: {_escaped(shown)}{', …' if len(data['classes']) > 20 else ''}.")
+    lines += [f"- {_escaped(line)}" for line in about_captions(data.get("captions"))]
     lines.append(f"- Median shorter side: {data['native_size']} pixels.")
     lines.append(f"- Fingerprint of the data: `{data['fingerprint']}`.")
     lines.append(
@@ -216,7 +217,7 @@ def _data(record: Record) -> str:
     lines += [f"- {_escaped(str(note))}" for note in encoder.get("notes", ())]
     skipped = data["skipped"]
     if skipped:
-        lines += ["", "Left out, as they could not be read:", ""]
+        lines += ["", "Left out:", ""]
         lines += [f"- `{one['key']}`: {_escaped(one['reason'])}" for one in skipped[:SHOWN_SKIPPED]]
         if len(skipped) > SHOWN_SKIPPED:
             lines.append(f"- … and {len(skipped) - SHOWN_SKIPPED} more, all in config.json.")

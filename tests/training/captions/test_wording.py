@@ -16,7 +16,7 @@ from tests.training.data.samples import encoded, folder_of, picture
 from tests.training.data.test_webdataset import tar
 from training.captions import CaptionRules
 from training.captions.wording import MOST_TEXT, named
-from training.data import open_source
+from training.data import open_pixels, open_source
 from training.data.source import Source
 
 NAMES = ["0.png", "1.png", "2.png"]
@@ -87,6 +87,15 @@ def test_a_file_that_is_no_text_or_too_large_is_no_caption(tmp_path: Path) -> No
     assert source.keys == ("0.png", "1.png")
     assert source.captions_from["left_out"] == {"not UTF-8 text": 1}
     assert len(source.skipped) == 2
+
+
+def test_an_image_that_cannot_be_read_takes_its_caption_with_it(tmp_path: Path) -> None:
+    folder_of(tmp_path / "images", ["0.png", "1.png", "2.png"])
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.txt").write_text(f"caption {number}")
+    (tmp_path / "images" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    pixels = open_pixels(captioned(tmp_path / "images"), 8, device="cpu", folder=tmp_path / "cache")
+    assert said(pixels.source) == {"0.png": ("caption 0",), "2.png": ("caption 2",)}
 
 
 # ----------------------------------------------------------------------------------------------- columns
