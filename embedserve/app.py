@@ -25,11 +25,12 @@ from embedserve.api import (
     upserts,
 )
 from embedserve.api.services import Services
-from embedserve.classify import Classifier, LabelSets
+from embedserve.classify import Classifier
 from embedserve.collections import Library
 from embedserve.config import ServeConfig
 from embedserve.encoder import Encoder
 from embedserve.fetch import Fetcher
+from embedserve.label_sets import LabelSets
 from embedserve.metrics import Metrics, Observe
 from embedserve.security import BodyLimit, Guard, SecurityHeaders, refuse_unsafe
 from embedserve.towers import Towers

@@ -1,9 +1,11 @@
-"""Labels for images: zero-shot by text prompts, or by the vote of labelled neighbours.
+"""Labels for images: zero-shot by text prompts, by a fitted classifier, or by labelled neighbours' votes.
 
 Zero-shot: each label is the mean of the unit vectors of its prompts in all templates, scaled to unit length
 again (the prompt ensembles of Radford et al. 2021, "Learning transferable visual models from natural language
 supervision", section 3.1.4). Probabilities are activation(scale · cosine + bias) with the bundle's scale and
 bias: softmax over the labels, or for SigLIP encoders a sigmoid for each label on its own.
+
+Fitted: softmax(W · vector + b) with what a `LinearLabelSet` holds.
 
 Neighbours: each of the k nearest votes for its label with weight exp(cosine / τ), τ = 0.07 (Wu et al. 2018,
 "Unsupervised feature learning via non-parametric instance discrimination", section 3.4).
@@ -11,62 +13,39 @@ Neighbours: each of the k nearest votes for its label with weight exp(cosine / �
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedserve.bundle import Scoring
-from embedserve.errors import EmbedServeError, InvalidField, NotFound, TooLarge, closest
+from embedserve.errors import EmbedServeError, InvalidField, TooLarge
+from embedserve.label_sets import Activation, LinearLabelSet
 from embedserve.towers import Towers
 
 __all__ = [
-    "DEFAULT_TEMPLATES",
-    "Activation",
     "Classifier",
-    "LabelSet",
-    "LabelSets",
     "Scored",
     "Vote",
-    "check_labels",
-    "check_templates",
     "in_templates",
+    "linear_scores",
     "mean_direction",
     "probabilities",
     "vote",
 ]
 
-Activation = Literal["softmax", "sigmoid"]
 Vectors = NDArray[np.float32]
 
-DEFAULT_TEMPLATES = (
-    "{}",
-    "a photo of {}.",
-    "a picture that shows {}.",
-    "a close-up of {}.",
-    "a drawing of {}.",
-    "{} in front of a plain background.",
-)
-"""Photographs, drawings and bare words: what is classified is not known beforehand."""
-
 TEMPERATURE = 0.07
-MAX_TEMPLATES = 100
-MAX_LABEL_CHARACTERS = 1000
 MAX_PROMPTS = 20_000
 """Texts that one classification may embed: labels × prompts × templates."""
 CACHED_LABELS = 8192
 """Label vectors kept, about 20 MB for 640 dimensions."""
 EMBED_AT_ONCE = 256
 """Prompts handed to the text tower at a time, so that a long list leaves room in its queue for others."""
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,74 +55,6 @@ class Scored:
     label: str
     probability: float
     cosine: float
-
-
-@dataclass(frozen=True, slots=True)
-class LabelSet:
-    """Labels with their prompts, and how to use them."""
-
-    labels: Mapping[str, Sequence[str]]
-    """Label → the phrases that mean it, such as {"cat": ["a cat", "a kitten"]}."""
-    templates: Sequence[str] = DEFAULT_TEMPLATES
-    activation: Activation | None = None
-    """None: the encoder's own."""
-
-
-def check_labels(
-    given: Sequence[str] | Mapping[str, str | Sequence[str]], limit: int
-) -> dict[str, list[str]]:
-    """Labels as label → prompts; a bare label is its own prompt.
-
-    Raises InvalidField (none, empty, given twice, too long), TooLarge (more than `limit`).
-    """
-    if isinstance(given, Mapping):
-        entries = [
-            (label, [prompts] if isinstance(prompts, str) else list(prompts))
-            for label, prompts in given.items()
-        ]
-    else:
-        entries = [(label, [label]) for label in given]
-    if not entries:
-        raise InvalidField("'labels' is empty; give the words to choose from.", param="labels")
-    if len(entries) > limit:
-        raise TooLarge(f"'labels' has {len(entries)} labels; at most {limit} are allowed.", param="labels")
-    labels: dict[str, list[str]] = {}
-    for label, prompts in entries:
-        if label in labels:
-            raise InvalidField(f"The label '{label[:80]}' is given twice; give it once.", param="labels")
-        if not label.strip() or not prompts or not all(prompt.strip() for prompt in prompts):
-            raise InvalidField(
-                f"The label '{label[:80]}' is empty or has an empty prompt; write out what it means.",
-                param="labels",
-            )
-        if max(map(len, [label, *prompts])) > MAX_LABEL_CHARACTERS:
-            raise TooLarge(
-                f"The label '{label[:40]}…' or a prompt of it is longer than {MAX_LABEL_CHARACTERS} "
-                "characters; a label is a few words.",
-                param="labels",
-            )
-        labels[label] = prompts
-    return labels
-
-
-def check_templates(templates: Sequence[str] | None) -> tuple[str, ...]:
-    """The templates; the default ones for None. Raises InvalidField unless each holds `{}` exactly once."""
-    if templates is None:
-        return DEFAULT_TEMPLATES
-    if not 1 <= len(templates) <= MAX_TEMPLATES:
-        raise InvalidField(
-            f"'templates' has {len(templates)} entries; give 1 to {MAX_TEMPLATES}, or leave it out for the "
-            "default ones.",
-            param="templates",
-        )
-    for index, template in enumerate(templates):
-        if template.count("{}") != 1 or len(template) > MAX_LABEL_CHARACTERS:
-            raise InvalidField(
-                f"'templates[{index}]' is '{template[:80]}'; a template holds {{}} exactly once, where the "
-                f"label goes, as in 'a photo of {{}}.', and has at most {MAX_LABEL_CHARACTERS} characters.",
-                param=f"templates[{index}]",
-            )
-    return tuple(templates)
 
 
 def probabilities(
@@ -183,6 +94,27 @@ def mean_direction(rows: Sequence[Vectors], prompts: Sequence[str]) -> Vectors:
     return np.asarray(mean / norm, dtype=np.float32)
 
 
+def linear_scores(vectors: Vectors, saved: LinearLabelSet, *, top: int | None = None) -> list[list[Scored]]:
+    """For each row of `vectors`, (n, dim of the set) and of unit length, the `top` labels by probability.
+
+    `cosine` is that of the vector and the label's weights: for prototypes the likeness to the label's images.
+    """
+    products = vectors.astype(np.float64) @ saved.weights.astype(np.float64).T
+    lengths = np.linalg.norm(saved.weights.astype(np.float64), axis=1)
+    shares = probabilities(products + saved.bias, Scoring(activation="softmax", logit_scale=1.0))
+    return _ranked(saved.labels, shares, np.clip(products / np.maximum(lengths, 1e-12), -1, 1), top)
+
+
+def _ranked(
+    labels: Sequence[str], shares: NDArray[np.float64], cosines: NDArray[np.floating[Any]], top: int | None
+) -> list[list[Scored]]:
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+    return [
+        [Scored(labels[i], float(row_shares[i]), float(row_cosines[i])) for i in row]
+        for row, row_shares, row_cosines in zip(order, shares, cosines, strict=True)
+    ]
+
+
 class Classifier:
     """Zero-shot classification with the towers' encoder. One per app; used from one event loop."""
 
@@ -196,8 +128,8 @@ class Classifier:
         if not self._towers.encoder.has_text:
             raise InvalidField(
                 f"The encoder '{self._towers.encoder.name}' has no text tower, so it cannot compare images "
-                "with words. Put labelled images in a collection and ask "
-                "POST /v1/collections/{name}/classify.",
+                "with words. Put labelled images in a collection and fit a label set to them (`embedserve "
+                "train probe`), or ask POST /v1/collections/{name}/classify.",
                 param="labels",
                 code="no_text_tower",
             )
@@ -258,11 +190,7 @@ class Classifier:
         scoring = self._towers.encoder.bundle.description.scoring
         cosines = np.clip(vectors @ label_vectors.T, -1, 1)
         shares = probabilities(cosines, scoring, activation)
-        order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
-        return [
-            [Scored(labels[i], float(row_shares[i]), float(row_cosines[i])) for i in row]
-            for row, row_shares, row_cosines in zip(order, shares, cosines, strict=True)
-        ]
+        return _ranked(labels, shares, cosines, top)
 
 
 # --- the vote of neighbours -----------------------------------------------------------------------------
@@ -307,89 +235,3 @@ def vote(neighbours: Sequence[Voter], *, temperature: float = TEMPERATURE) -> li
             votes[key] = (label, share + float(weight) / len(neighbour.labels), count + 1)
     ranked = sorted(votes.values(), key=lambda entry: (-entry[1], str(entry[0])))
     return [Vote(label, min(share, 1.0), count) for label, share, count in ranked]
-
-
-# --- saved label sets -----------------------------------------------------------------------------------
-
-
-class LabelSets:
-    """Label sets as JSON files below one folder, each written whole or not at all. Blocking: use a thread."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def names(self) -> list[str]:
-        """All saved names, sorted."""
-        return sorted(path.stem for path in self._folder.glob("*.json") if NAME.fullmatch(path.stem))
-
-    def get(self, name: str) -> LabelSet:
-        """Raises NotFound with the closest name, EmbedServeError for a damaged file."""
-        path = self._path(name)
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            return LabelSet(
-                labels={label: list(prompts) for label, prompts in saved["labels"].items()},
-                templates=tuple(saved["templates"]),
-                activation=saved["activation"],
-            )
-        except FileNotFoundError:
-            raise NotFound(
-                f"There is no label set '{name}'; {closest(name, self.names())} "
-                "Save one with PUT /v1/labelsets/{name}.",
-                param="label_set",
-                code="label_set_not_found",
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise EmbedServeError(
-                f"The file of the label set '{name}' is damaged; save the set again.",
-                code="label_set_damaged",
-            ) from None
-
-    def put(self, name: str, labels: LabelSet) -> bool:
-        """Saves, durably; True when the name is new. Raises InvalidField for a name that is not allowed."""
-        path = self._path(name)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        saved = {
-            "labels": {label: list(prompts) for label, prompts in labels.labels.items()},
-            "templates": list(labels.templates),
-            "activation": labels.activation,
-        }
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=self._folder)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(saved, file, ensure_ascii=False, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        self._sync_folder()
-        return new
-
-    def delete(self, name: str) -> None:
-        """Raises NotFound."""
-        try:
-            self._path(name).unlink()
-        except FileNotFoundError:
-            raise NotFound(
-                f"There is no label set '{name}'; {closest(name, self.names())}", code="label_set_not_found"
-            ) from None
-        self._sync_folder()
-
-    def _path(self, name: str) -> Path:
-        if not NAME.fullmatch(name):
-            raise InvalidField(
-                f"'{name[:80]}' cannot name a label set; use 1 to 64 of a-z, 0-9, - and _, beginning with a "
-                "letter or digit.",
-                param="name",
-            )
-        return self._folder / f"{name}.json"
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -1,4 +1,4 @@
-"""`POST /v1/classify`: images against labels in words, and the saved label sets."""
+"""`POST /v1/classify`: images against labels in words or a fitted classifier, and the saved label sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, RootModel
+from pydantic_core import from_json
 
 from embedserve.api.bodies import Form, RequestModel, body_kind, json_field, parse_model, read_form, read_json
 from embedserve.api.embed import answer_each, error_result
@@ -17,14 +19,28 @@ from embedserve.api.failures import json_response
 from embedserve.api.inputs import Source, check_count, embed
 from embedserve.api.openapi import BINARY, Failure, answers, body
 from embedserve.api.services import Services, check_model, services, unless_gone
-from embedserve.classify import Activation, LabelSet, check_labels, check_templates
-from embedserve.errors import EmbedServeError, InvalidField, NotFound
+from embedserve.classify import Scored, linear_scores
+from embedserve.errors import Conflict, EmbedServeError, InvalidField, NotFound
+from embedserve.label_sets import (
+    Activation,
+    Fitted,
+    LabelSet,
+    LinearLabelSet,
+    ProbeKind,
+    as_json,
+    check_encoder,
+    check_labels,
+    check_templates,
+    linear_label_set,
+)
+from embedserve.prefix import shorten
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["classification"])
 
 Labels = list[str] | dict[str, list[str]]
+Vector = NDArray[np.float32]
 
 
 class ClassifyRequest(RequestModel):
@@ -55,7 +71,7 @@ class ClassifyOptions(RequestModel):
 class ScoredLabel(BaseModel):
     label: str
     probability: float
-    cosine: float
+    cosine: float = Field(description="Of the image's vector and the label's: its prompts, or its weights.")
 
 
 class ClassifyResult(BaseModel):
@@ -72,18 +88,58 @@ class ClassifyAnswer(BaseModel):
 
 
 class LabelSetBody(RequestModel):
-    """What to save."""
+    """Labels as words."""
 
     labels: Labels
     templates: list[str] | None = Field(None, description="The default set when left out.")
     activation: Activation | None = Field(None, description="The encoder's own when left out.")
 
 
+class FittedBody(RequestModel):
+    """How a linear set was fitted. Figures are of images that were held out, each once."""
+
+    kind: ProbeKind
+    counts: dict[str, int] = Field(description="Label → images it was fitted to, in the labels' order.")
+    judged: int = Field(0, description="Images that were held out, each once, to be judged.")
+    accuracy: float | None = Field(None, description="Share of those named right; null where none was.")
+    ece: float | None = Field(None, description="Their expected calibration error; null where none was.")
+    collection: str | None = None
+    field: str | None = None
+
+
+class LinearLabelSetBody(RequestModel):
+    """Labels as a linear classifier on the encoder's vectors: softmax(weights · vector + bias)."""
+
+    kind: Literal["linear"]
+    labels: list[str]
+    dim: int = Field(description="Numbers of each label; the leading ones of a vector where it has more.")
+    weights: str = Field(description="Base64 of little-endian float32, label after label.")
+    bias: list[float]
+    encoder: str = Field(description="The name of the encoder that the vectors are of.")
+    fingerprint: str = Field(description="Its fingerprint, as collections of it have.")
+    fitted: FittedBody
+
+
+class LabelSetRequest(RootModel[LabelSetBody | LinearLabelSetBody]):
+    """What to save."""
+
+
 class SavedLabelSet(BaseModel):
+    """Labels as words."""
+
     name: str
     labels: dict[str, list[str]]
     templates: list[str]
-    activation: Literal["softmax", "sigmoid"] | None
+    activation: Activation | None
+
+
+class SavedLinearLabelSet(LinearLabelSetBody):
+    """Labels as a linear classifier."""
+
+    name: str
+
+
+AnyLabelSet = SavedLabelSet | SavedLinearLabelSet
 
 
 class LabelSetList(BaseModel):
@@ -93,9 +149,9 @@ class LabelSetList(BaseModel):
 @router.post(
     "/v1/classify",
     operation_id="classify",
-    summary="Label images with words (zero-shot)",
+    summary="Label images, with words (zero-shot) or a saved label set",
     response_model=ClassifyAnswer,
-    responses=answers(NotFound, body=True, embeds=True),
+    responses=answers(NotFound, Conflict, body=True, embeds=True),
     openapi_extra=body(
         ClassifyRequest,
         form={
@@ -168,9 +224,8 @@ def _label_field(given: Sequence[str]) -> Any:
     return [label.strip() for label in given[0].split(",")]
 
 
-async def _labels(parts: Services, options: ClassifyOptions) -> LabelSet:
+async def _labels(parts: Services, options: ClassifyOptions) -> LabelSet | LinearLabelSet:
     """The labels asked for, with the request's own templates and activation where it has them."""
-    parts.classifier.check_text()
     if (options.labels is None) == (options.label_set is None):
         raise InvalidField(
             "Give either 'labels' or 'label_set'"
@@ -179,30 +234,67 @@ async def _labels(parts: Services, options: ClassifyOptions) -> LabelSet:
         )
     if options.label_set is not None:
         saved = await asyncio.to_thread(parts.label_sets.get, options.label_set)
+        if isinstance(saved, LinearLabelSet):
+            _check_linear(parts, options, saved)
+            return saved
+        parts.classifier.check_text()
         templates = check_templates(options.templates) if options.templates is not None else saved.templates
         return LabelSet(saved.labels, templates, options.activation or saved.activation)
+    parts.classifier.check_text()
     labels = check_labels(options.labels or [], parts.limits.max_inputs)
     return LabelSet(labels, check_templates(options.templates), options.activation)
 
 
+def _check_linear(parts: Services, options: ClassifyOptions, saved: LinearLabelSet) -> None:
+    check_encoder(saved, parts.towers.encoder.bundle)
+    if options.templates is not None:
+        raise InvalidField(
+            f"The label set '{options.label_set}' was fitted to images and has no words, so 'templates' have "
+            "no place; leave them out.",
+            param="templates",
+        )
+    if options.activation == "sigmoid":
+        raise InvalidField(
+            f"The label set '{options.label_set}' was fitted with a softmax over its labels; leave "
+            "'activation' out.",
+            param="activation",
+        )
+
+
 async def _classify(
-    parts: Services, sources: Sequence[Source], labels: LabelSet, top: int | None
+    parts: Services, sources: Sequence[Source], labels: LabelSet | LinearLabelSet, top: int | None
 ) -> list[list[dict[str, Any]] | EmbedServeError]:
-    label_vectors, embedded = await asyncio.gather(
-        parts.classifier.label_vectors(labels.labels, labels.templates), embed(parts, sources)
-    )
+    embedded: Sequence[Vector | EmbedServeError]
+    if isinstance(labels, LinearLabelSet):
+        embedded = [_shortened(vector, labels.dim) for vector in await embed(parts, sources)]
+    else:
+        label_vectors, embedded = await asyncio.gather(
+            parts.classifier.label_vectors(labels.labels, labels.templates), embed(parts, sources)
+        )
     good = [vector for vector in embedded if not isinstance(vector, EmbedServeError)]
     if not good:
         return [vector for vector in embedded if isinstance(vector, EmbedServeError)]
-    scored = iter(
-        parts.classifier.score(
+    found: list[list[Scored]]
+    if isinstance(labels, LinearLabelSet):
+        found = linear_scores(np.stack(good), labels, top=top)
+    else:
+        found = parts.classifier.score(
             np.stack(good), list(labels.labels), label_vectors, activation=labels.activation, top=top
         )
-    )
+    scored = iter(found)
     return [
         vector if isinstance(vector, EmbedServeError) else [asdict(label) for label in next(scored)]
         for vector in embedded
     ]
+
+
+def _shortened(vector: Vector | EmbedServeError, size: int) -> Vector | EmbedServeError:
+    if isinstance(vector, EmbedServeError):
+        return vector
+    try:
+        return shorten(vector, size)
+    except InvalidField as error:
+        return error
 
 
 @router.get(
@@ -221,7 +313,7 @@ async def list_label_sets(request: Request) -> Response:
     "/v1/labelsets/{name}",
     operation_id="getLabelSet",
     summary="One saved label set",
-    response_model=SavedLabelSet,
+    response_model=AnyLabelSet,
     responses=answers(NotFound),
 )
 async def get_label_set(request: Request, name: str) -> Response:
@@ -232,19 +324,23 @@ async def get_label_set(request: Request, name: str) -> Response:
 @router.put(
     "/v1/labelsets/{name}",
     operation_id="putLabelSet",
-    summary="Save labels, prompts and templates under a name",
-    response_model=SavedLabelSet,
-    responses=answers(body=True) | {201: {"model": SavedLabelSet, "description": "The name is new."}},
+    summary="Save labels under a name: words and templates, or a linear classifier",
+    response_model=AnyLabelSet,
+    responses=answers(Conflict, body=True) | {201: {"model": AnyLabelSet, "description": "The name is new."}},
     openapi_extra=body(
-        LabelSetBody, examples={"pets": {"labels": {"cat": ["a cat", "a kitten"], "dog": ["a dog"]}}}
+        LabelSetRequest, examples={"pets": {"labels": {"cat": ["a cat", "a kitten"], "dog": ["a dog"]}}}
     ),
 )
 async def put_label_set(request: Request, name: str) -> Response:
     """Replaces a set of that name. It is on disk when the answer comes."""
     parts = services(request)
-    asked = await read_json(request, LabelSetBody)
-    labels = check_labels(asked.labels, parts.limits.max_inputs)
-    saved = LabelSet(labels, check_templates(asked.templates), asked.activation)
+    saved: LabelSet | LinearLabelSet
+    if await _says_linear(request):
+        saved = _linear(parts, await read_json(request, LinearLabelSetBody))
+    else:
+        asked = await read_json(request, LabelSetBody)
+        labels = check_labels(asked.labels, parts.limits.max_inputs)
+        saved = LabelSet(labels, check_templates(asked.templates), asked.activation)
     new = await asyncio.to_thread(parts.label_sets.put, name, saved)
     return json_response(_render(name, saved), 201 if new else 200)
 
@@ -261,5 +357,22 @@ async def delete_label_set(request: Request, name: str) -> Response:
     return Response(status_code=204)
 
 
-def _render(name: str, saved: LabelSet) -> dict[str, Any]:
-    return {"name": name, **asdict(saved)}
+async def _says_linear(request: Request) -> bool:
+    """Whether the body is meant as a linear set; what else may be wrong with it is told by its model."""
+    try:
+        given = from_json(await request.body())
+    except ValueError:
+        return False
+    return isinstance(given, dict) and "kind" in given
+
+
+def _linear(parts: Services, asked: LinearLabelSetBody) -> LinearLabelSet:
+    check_labels(asked.labels, parts.limits.max_inputs)
+    fields = asked.model_dump(exclude={"kind", "fitted"})
+    saved = linear_label_set(**fields, fitted=Fitted(**asked.fitted.model_dump()))
+    check_encoder(saved, parts.towers.encoder.bundle, param="fingerprint")
+    return saved
+
+
+def _render(name: str, saved: LabelSet | LinearLabelSet) -> dict[str, Any]:
+    return {"name": name, **as_json(saved)}

@@ -70,7 +70,7 @@ WHEN: Mapping[type[EmbedServeError], str] = {
     Unauthorized: "No API key, or an unknown one.",
     Forbidden: "The key may not do this; the URL may not be fetched; the host or origin is not allowed.",
     NotFound: "Unknown collection, item, model or label set.",
-    Conflict: "The collection was made with another encoder.",
+    Conflict: "The collection or the label set was made with another encoder.",
     TooLarge: "More bytes, pixels or items than the limit, which the message names.",
     UnsupportedMedia: "Not an image, or a Content-Type that is not accepted here.",
     InvalidField: "A well-formed request with a value that is not allowed; `param` names the field.",

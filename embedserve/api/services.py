@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from embedserve.classify import Classifier, LabelSets
+from embedserve.classify import Classifier
 from embedserve.collections import Library
 from embedserve.config import Limits, ServeConfig
 from embedserve.errors import NotFound, closest
 from embedserve.fetch import Fetcher
+from embedserve.label_sets import LabelSets
 from embedserve.metrics import Metrics
 from embedserve.towers import Towers
 

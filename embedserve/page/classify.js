@@ -1,14 +1,16 @@
-// The zero-shot view: one image, one's own labels, and how likely each is.
+// The classify view: one image, one's own labels or a saved set of them, and how likely each is.
 
 import { call, curl } from "./api.js";
-import { $, count, debounce, el } from "./dom.js";
+import { $, command, count, debounce, el } from "./dom.js";
 import { preview } from "./images.js";
 import { failure, notice, showCall, waits } from "./notices.js";
 import { state } from "./state.js";
 
 const SUGGESTED = "person, animal, plant, food, vehicle, building";
 
-let page; // {navigate, canReadText, reload}
+const SHOWN = 20; // labels of a saved set, which may have thousands
+
+let page; // {navigate, canReadText, labelSets, reload}
 let request = new AbortController();
 let retryTimer = 0;
 let pictured = null; // the file that the preview shows
@@ -17,6 +19,7 @@ export function setUpClassify(given) {
   page = given;
   const type = debounce(() => submit({ draft: true }), 500);
   for (const name of ["labels", "templates"]) $(name).addEventListener("input", type);
+  $("label-set").addEventListener("change", ({ target }) => page.navigate({ set: target.value }));
   $("classify-form").addEventListener("submit", (event) => {
     event.preventDefault();
     type.cancel();
@@ -41,6 +44,7 @@ function fill() {
   const labels = state.labels || (document.activeElement === $("labels") ? "" : SUGGESTED);
   if ($("labels").value.trim() !== labels) $("labels").value = labels;
   if ($("templates").value.trim() !== state.templates) $("templates").value = state.templates;
+  fillSets();
   const img = $("classify-image");
   img.hidden = !state.file;
   if (state.file && state.file !== pictured) preview(img, state.file);
@@ -48,6 +52,19 @@ function fill() {
   img.alt = state.file ? `The image to classify: ${state.file.name || "pasted image"}` : "";
   $("classify-drop-text").textContent = state.file ? "Choose another image" : state.image || "Drop, paste or choose an image";
   $("classify-drop").classList.toggle("filled", Boolean(state.file));
+}
+
+/** Without text there are only saved sets, and the first is taken where the address names none. */
+function fillSets() {
+  const names = [...page.labelSets()];
+  if (!state.set && !page.canReadText()) state.set = names[0] ?? "";
+  const options = names.map((name) => el("option", { value: name }, name));
+  if (page.canReadText()) options.unshift(el("option", { value: "" }, "My own words"));
+  if (state.set && !names.includes(state.set)) options.push(el("option", { value: state.set }, `${state.set} (not found)`));
+  $("label-set").replaceChildren(...options);
+  $("label-set").value = state.set;
+  $("label-set-field").hidden = !names.length && !state.set;
+  for (const field of ["labels-field", "templates-field"]) $(field).hidden = Boolean(state.set);
 }
 
 export async function showClassify() {
@@ -59,16 +76,18 @@ export async function showClassify() {
   fill();
   const labels = labelsOf($("labels").value);
   $("classify-status").textContent = "";
-  if (!page.canReadText()) {
+  if (!state.set && !page.canReadText()) {
     showCall($("classify-call"), "");
     return show(notice("This encoder reads no text", ["Labels are words, so zero-shot classification needs an encoder with a text tower. "
-      + "Serve another one, or vote among labelled neighbours:", el("p", {}, el("code", {}, "POST /v1/collections/{name}/classify"))]));
+      + "Teach it labels with a collection whose items have them:",
+      command("embedserve train probe --collection NAME --label FIELD --save NAME")]));
   }
-  if (!(state.file || state.image) || !labels.length) {
+  if (!(state.file || state.image) || !(state.set || labels.length)) {
     showCall($("classify-call"), "");
     const title = state.file || state.image ? "Give some labels" : "Give an image";
     const text = state.lostFile ? "The image is gone after a reload; drop it again."
-      : "The encoder compares the image with each label. No training needed.";
+      : state.set ? "The label set was saved on this server, with its words or fitted to labelled images."
+        : "The encoder compares the image with each label. No training needed.";
     return show(notice(title, [text]));
   }
   try {
@@ -83,28 +102,31 @@ export async function showClassify() {
 }
 
 async function run(labels, signal) {
-  const templates = lines($("templates").value);
-  const { send, show: shown } = classifyRequest(labels, templates);
+  const { send, show: shown } = classifyRequest(labels, lines($("templates").value));
   showCall($("classify-call"), curl("POST", "/v1/classify", shown));
   const { results } = await call("POST", "/v1/classify", { ...send, signal });
   const [answer] = results;
   const [best] = answer.labels;
-  $("classify-status").textContent = `${best.label}, ${percent(best.probability)} among ${count(labels.length, "label")}`;
+  const among = state.set ? `by the label set “${state.set}”` : `among ${count(labels.length, "label")}`;
+  $("classify-status").textContent = `${best.label}, ${percent(best.probability)} ${among}`;
   const bars = el("ol", { className: "bars" }, ...answer.labels.map(bar));
-  const note = labels.length === 1 ? "One label has nothing to compare with. Give two or more." : "";
+  const note = answer.labels.length === 1 ? "One label has nothing to compare with. Give two or more." : "";
   return show(bars, el("p", { className: "hint" }, note));
 }
 
 function classifyRequest(labels, templates) {
-  const json = { images: [state.image], labels, top: labels.length };
-  if (templates.length) json.templates = templates;
-  if (!state.file) return { send: { json }, show: { json } };
+  const asked = state.set ? { label_set: state.set, top: SHOWN } : { labels, top: labels.length };
+  if (templates.length && !state.set) asked.templates = templates;
+  if (!state.file) {
+    const json = { images: [state.image], ...asked };
+    return { send: { json }, show: { json } };
+  }
   const form = new FormData();
   const name = state.file.name || "image.png";
   // A first label that looks like JSON would be read as JSON.
   const plain = !/^[[{]/.test(labels[0]);
-  const fields = [["labels", plain ? labels.join(",") : JSON.stringify(labels)], ["top", String(labels.length)]];
-  if (templates.length) fields.push(["templates", JSON.stringify(templates)]);
+  const words = { labels: plain ? labels.join(",") : JSON.stringify(labels), templates: JSON.stringify(templates) };
+  const fields = Object.entries(asked).map(([field, value]) => [field, words[field] ?? String(value)]);
   form.append("image", state.file, name);
   for (const [field, value] of fields) form.append(field, value);
   return { send: { form }, show: { files: [["image", name]], fields } };

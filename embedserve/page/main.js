@@ -11,12 +11,14 @@ import { setUpSearch, showSearch } from "./search.js";
 import { address, go, readState, state } from "./state.js";
 
 let collections = [];
+let labelSets = [];
 let encoder = null;
 let retryTimer = 0;
 
 const page = {
   collections: () => collections,
   current: () => state.in,
+  labelSets: () => labelSets,
   canReadText: () => encoder === null || encoder.modalities.includes("text"),
   openAdd: () => openAdd(),
   navigate(changes, { keepPlace, ...how } = {}) {
@@ -34,9 +36,11 @@ const page = {
 // What the server has ----------------------------------------------------------------------------------------
 
 async function readServer() {
-  const [models, known] = await Promise.all([call("GET", "/v1/models"), call("GET", "/v1/collections")]);
+  const paths = ["/v1/models", "/v1/collections", "/v1/labelsets"];
+  const [models, known, saved] = await Promise.all(paths.map((path) => call("GET", path)));
   [encoder] = models.data;
   collections = known.collections;
+  labelSets = saved.label_sets;
 }
 
 async function start() {

@@ -14,6 +14,7 @@ const DEFAULTS = {
   mix: 0.5, // the text's share where text meets an image
   labels: "",
   templates: "",
+  set: "", // a saved label set, in place of labels
 };
 
 export let state = { ...DEFAULTS, file: null };

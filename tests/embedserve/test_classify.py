@@ -1,28 +1,18 @@
-"""Zero-shot scores, prompt ensembles, the vote of neighbours and saved label sets, without HTTP."""
+"""Zero-shot scores, prompt ensembles, fitted classifiers and the vote of neighbours, without HTTP."""
 
 from __future__ import annotations
 
-import json
 import math
 from decimal import Decimal, getcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedserve.bundle import Scoring
-from embedserve.classify import (
-    DEFAULT_TEMPLATES,
-    Classifier,
-    LabelSet,
-    LabelSets,
-    check_labels,
-    check_templates,
-    probabilities,
-    vote,
-)
+from embedserve.classify import Classifier, linear_scores, probabilities, vote
 from embedserve.collections import Neighbour
-from embedserve.errors import EmbedServeError, InvalidField, NotFound, TooLarge
+from embedserve.errors import TooLarge
+from embedserve.label_sets import Fitted, LinearLabelSet
 from embedserve.towers import Towers
 from tests.embedserve.colours import axis
 
@@ -50,24 +40,6 @@ def test_the_caller_may_choose_the_activation() -> None:
     assert probabilities(cosines, Scoring(logit_scale=1), "sigmoid")[0, 0] == pytest.approx(
         1 / (1 + math.exp(-0.5))
     )
-
-
-def test_labels_are_their_own_prompts() -> None:
-    assert check_labels(["a cat", "a dog"], 10) == {"a cat": ["a cat"], "a dog": ["a dog"]}
-    assert check_labels({"cat": "a cat", "dog": ["a dog", "a pup"]}, 10) == {
-        "cat": ["a cat"],
-        "dog": ["a dog", "a pup"],
-    }
-    with pytest.raises(TooLarge, match="at most 2"):
-        check_labels(["a", "b", "c"], 2)
-    with pytest.raises(TooLarge, match="longer than"):
-        check_labels(["x" * 1001], 2)
-
-
-def test_default_templates_are_valid_and_replace_nothing_else() -> None:
-    assert check_templates(None) == DEFAULT_TEMPLATES == check_templates(DEFAULT_TEMPLATES)
-    with pytest.raises(InvalidField, match=r"exactly once"):
-        check_templates(["{0}"])
 
 
 @pytest.mark.anyio
@@ -132,6 +104,33 @@ async def test_the_best_labels_come_first(towers: Towers) -> None:
     assert sum(scored.probability for scored in everything[0]) == pytest.approx(1)
 
 
+def test_a_fitted_classifier_gives_the_softmax_of_its_scores() -> None:
+    generator = np.random.default_rng(3)
+    vectors = generator.normal(size=(4, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    weights, bias = generator.normal(size=(3, 5)).astype(np.float32) * 30, np.array([0.5, -2.0, 1.0])
+    saved = LinearLabelSet(("a", "b", "c"), weights, bias, "tiny", "f", Fitted("linear", {}))
+    for vector, scored in zip(vectors, linear_scores(vectors, saved), strict=True):
+        logits = [
+            float(np.dot(row.astype(float), vector) + shift) for row, shift in zip(weights, bias, strict=True)
+        ]
+        expected = dict(zip("abc", exact(logits, "softmax"), strict=True))
+        assert [one.label for one in scored] == sorted("abc", key=expected.__getitem__, reverse=True)
+        for one in scored:
+            assert one.probability == pytest.approx(expected[one.label], rel=1e-9)
+            row = weights["abc".index(one.label)]
+            assert one.cosine == pytest.approx(float(row @ vector / np.linalg.norm(row)), abs=1e-6)
+    assert [len(scored) for scored in linear_scores(vectors, saved, top=2)] == [2, 2, 2, 2]
+
+
+def test_a_label_without_weights_has_cosine_0_and_no_overflow_happens() -> None:
+    weights = np.array([[0, 0], [3e38, 0]], np.float32)
+    saved = LinearLabelSet(("none", "huge"), weights, np.zeros(2), "tiny", "f", Fitted("linear", {}))
+    ((best, other),) = linear_scores(np.array([[1, 0]], np.float32), saved)
+    assert (best.label, best.probability, best.cosine) == ("huge", 1.0, 1.0)
+    assert (other.probability, other.cosine) == (0.0, 0.0)
+
+
 def neighbour(score: float, *labels: str | int | float | bool) -> Neighbour:
     return Neighbour(f"{score}", score, labels)
 
@@ -157,46 +156,3 @@ def test_several_labels_share_a_vote_and_true_is_not_one() -> None:
         {(str, "a"): 1 / 6, (str, "b"): 1 / 6, (bool, True): 1 / 3, (int, 1): 1 / 3}
     )
     assert vote([]) == []
-
-
-def test_a_label_set_comes_back_as_it_was_saved(tmp_path: Path) -> None:
-    sets = LabelSets(tmp_path / "labelsets")
-    assert sets.names() == []
-    pets = LabelSet({"Katze": ["eine Katze", "猫"], "dog": ["a dog"]}, ("{}!",), "sigmoid")
-    assert sets.put("pets", pets)
-    assert not sets.put("pets", pets)
-    assert LabelSets(tmp_path / "labelsets").get("pets") == pets
-    assert sets.names() == ["pets"]
-    sets.delete("pets")
-    with pytest.raises(NotFound, match="there are none yet"):
-        sets.get("pets")
-    with pytest.raises(NotFound):
-        sets.delete("pets")
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "A", ".hidden", "a.json", "x" * 65])
-def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
-    sets = LabelSets(tmp_path)
-    for call in (sets.get, sets.delete, lambda name: sets.put(name, LabelSet({"a": ["a"]}))):
-        with pytest.raises(InvalidField, match="cannot name a label set"):
-            call(name)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"labels": 3}', '{"labels": {}, "templates": 3}', "\xff"])
-def test_a_damaged_file_is_told_and_can_be_saved_again(tmp_path: Path, text: str) -> None:
-    sets = LabelSets(tmp_path)
-    (tmp_path / "pets.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(EmbedServeError, match="damaged; save the set again"):
-        sets.get("pets")
-    sets.put("pets", LabelSet({"a": ["a"]}))
-    assert sets.get("pets").labels == {"a": ["a"]}
-
-
-def test_a_failed_save_leaves_the_old_set_and_no_litter(tmp_path: Path) -> None:
-    sets = LabelSets(tmp_path)
-    sets.put("pets", LabelSet({"a": ["a"]}))
-    with pytest.raises(UnicodeEncodeError):
-        sets.put("pets", LabelSet({"\ud800": ["a"]}))
-    assert sets.get("pets").labels == {"a": ["a"]}
-    assert [path.name for path in tmp_path.iterdir()] == ["pets.json"]
-    assert json.loads((tmp_path / "pets.json").read_text())["activation"] is None

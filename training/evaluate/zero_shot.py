@@ -17,14 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedserve.bundle import Scoring
-from embedserve.classify import (
-    DEFAULT_TEMPLATES,
-    check_templates,
-    in_templates,
-    mean_direction,
-    probabilities,
-)
+from embedserve.classify import in_templates, mean_direction, probabilities
 from embedserve.errors import InvalidField
+from embedserve.label_sets import DEFAULT_TEMPLATES, check_templates
 from training.captions.wording import in_words
 from training.data import Source
 from training.evaluate.calibration import (

@@ -10,9 +10,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
+from embedserve.bundle import pack_vector
 from tests.embedserve.page.conftest import COLOURS, READ_KEY, WRITE_KEY, Servers, Visit, png
 
 TRANSFER = """([kind, selectors, files]) => {
@@ -267,6 +270,60 @@ def test_an_encoder_without_text_says_so(visit: Visit) -> None:
     results(page, "red")
     page.get_by_role("link", name="Classify").click()
     expect(page.locator("#bars .notice h2")).to_have_text("This encoder reads no text")
+
+
+def test_a_saved_label_set_is_chosen_by_name(visit: Visit) -> None:
+    url = visit.servers["open"]
+    httpx2.put(f"{url}/v1/labelsets/tones", json={"labels": {"warm": ["red"], "cool": ["blue"]}})
+    try:
+        page = visit.open("open")
+        page.get_by_role("link", name="Classify").click()
+        page.get_by_label("Label set").select_option("tones")
+        expect(page.get_by_label("Labels")).to_be_hidden()
+        page.set_input_files(
+            "#classify-file", {"name": "a.png", "mimeType": "image/png", "buffer": png((0, 0, 255))}
+        )
+        expect(page.locator(".bar-label")).to_have_text(["cool", "warm"])
+        page.get_by_label("Label set").select_option("My own words")
+        expect(page.get_by_label("Labels")).to_be_visible()
+        expect(page.locator("#bars li")).to_have_count(6)
+    finally:
+        httpx2.delete(f"{url}/v1/labelsets/tones")
+    page.goto(f"{url}/#/classify?set=tones")
+    page.reload()
+    page.set_input_files(
+        "#classify-file", {"name": "a.png", "mimeType": "image/png", "buffer": png((0, 0, 255))}
+    )
+    expect(page.get_by_label("Label set")).to_have_value("tones")
+    expect(page.locator("#bars .notice")).to_contain_text("There is no label set 'tones'")
+    visit.excuse("status of 404")
+
+
+def test_an_encoder_without_text_classifies_with_a_fitted_label_set(visit: Visit) -> None:
+    url = visit.servers["wordless"]
+    collection = httpx2.get(f"{url}/v1/collections/colours").json()
+    fitted = {
+        "kind": "linear",
+        "labels": ["warm", "cool"],
+        "dim": 3,
+        "weights": pack_vector(np.array([[20, 10, 0], [0, 0, 20]], np.float32)),
+        "bias": [0, 0],
+        "encoder": collection["encoder"],
+        "fingerprint": collection["fingerprint"],
+        "fitted": {"kind": "linear", "counts": {"warm": 3, "cool": 3}},
+    }
+    httpx2.put(f"{url}/v1/labelsets/tones", json=fitted).raise_for_status()
+    try:
+        page = visit.open("wordless", "/#/classify")
+        expect(page.get_by_label("Label set")).to_have_value("tones")
+        page.set_input_files(
+            "#classify-file", {"name": "a.png", "mimeType": "image/png", "buffer": png((255, 0, 0))}
+        )
+        expect(page.locator(".bar-label")).to_have_text(["warm", "cool"])
+        expect(page.locator("#classify-status")).to_have_text("warm, 100% by the label set “tones”")
+        expect(page.get_by_label("Labels")).to_be_hidden()
+    finally:
+        httpx2.delete(f"{url}/v1/labelsets/tones")
 
 
 @pytest.mark.parametrize(

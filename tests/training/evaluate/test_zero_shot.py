@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from embedserve.bundle import Scoring, open_bundle
-from embedserve.classify import DEFAULT_TEMPLATES, probabilities
+from embedserve.classify import probabilities
 from embedserve.cli import main
 from embedserve.encoder import Encoder, resolve
 from embedserve.errors import BundleError, InvalidField
+from embedserve.label_sets import DEFAULT_TEMPLATES
 from tests.embedserve.api.requests import ok, serving
 from tests.training.evaluate.samples import EyeEncoder, mean_colour, source_of, unit
 from training.data import Source
