@@ -37,22 +37,22 @@ class BundleEncoder:
     seed = 0
 
     def __init__(self, path: str) -> None:
-        self._encoder = Encoder.load(path)
-        tower = self._encoder.bundle.description.image
+        self.encoder = Encoder.load(path)
+        tower = self.encoder.bundle.description.image
         if tower is None:
             raise InvalidField(
                 f"The bundle '{path}' has no image tower; evaluations need one that embeds images.",
                 param="path",
             )
-        self._preprocessing = tower.preprocessing
-        self.name, self.dim, self.device = self._encoder.name, self._encoder.dim, torch.device("cpu")
-        self.reader = _BundleReader(self._encoder) if self._encoder.has_text else None
+        self.preprocessing = tower.preprocessing
+        self.name, self.dim, self.device = self.encoder.name, self.encoder.dim, torch.device("cpu")
+        self.reader = _BundleReader(self.encoder) if self.encoder.has_text else None
         self.path = path
 
     @property
     def bundle(self) -> Bundle:
         """The files."""
-        return self._encoder.bundle
+        return self.encoder.bundle
 
     def embed(self, source: Source, *, progress: Progress = silent, cached: bool = True) -> Embedded:
         """As `EvaluationEncoder.embed`; nothing is kept on disk."""
@@ -80,8 +80,8 @@ class BundleEncoder:
         try:
             data = source.fetch(row)
             if isinstance(data, bytes):
-                return self._encoder.read_image(data, LIMITS)
-            return preprocess(Image.fromarray(data).convert("RGB"), self._preprocessing)
+                return self.encoder.read_image(data, LIMITS)
+            return preprocess(Image.fromarray(data).convert("RGB"), self.preprocessing)
         except (OSError, EmbedServeError) as error:
             return str(error)
 
@@ -93,7 +93,7 @@ class BundleEncoder:
         failed: dict[int, str],
     ) -> None:
         try:
-            vectors.append(torch.from_numpy(self._encoder.embed_images(batch)))
+            vectors.append(torch.from_numpy(self.encoder.embed_images(batch)))
         except EmbedServeError as error:
             if len(batch) == 1:
                 failed[rows[0]] = str(error)

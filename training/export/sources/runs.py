@@ -24,7 +24,7 @@ from training.method import Method
 from training.methods.image_text import ImageText
 from training.run import Trained, open_run
 
-__all__ = ["original"]
+__all__ = ["EvaluationView", "original"]
 
 
 def original(rest: str, choices: Choices) -> Original:
@@ -54,7 +54,7 @@ def original(rest: str, choices: Choices) -> Original:
             preprocessing=_preprocessing(config),
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
-            evaluated=EvaluationView(config),
+            evaluated=EvaluationView(config.size, config.stored_size),
             patches=ready(BackbonePatches(method.encoder)),
             attention=_attention(method.encoder, config.size, choices),
         ),
@@ -155,8 +155,8 @@ def _preprocessing(config: TrainConfig) -> Preprocessing:
 class EvaluationView:
     """The evaluation view of an image: cut from the stored square that training decoded it to."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.size, self.stored_size = config.size, config.stored_size
+    def __init__(self, size: int, stored_size: int) -> None:
+        self.size, self.stored_size = size, stored_size
 
     def __call__(self, image: Image.Image) -> Tensor:
         square = torch.from_numpy(squash(image, self.stored_size).copy())[None]
