@@ -163,7 +163,7 @@ class Client:
         return object_of(await self._wire.request("GET", f"/v1/labelsets/{segment(name)}"))
 
     async def save_label_set(self, name: str, body: JsonObject) -> JsonObject:
-        """Saves `{"labels": …, "templates": …}` under `name`."""
+        """Saves `{"labels": …, "templates": …}`, or a linear classifier, under `name`."""
         return object_of(await self._wire.request("PUT", f"/v1/labelsets/{segment(name)}", json=body))
 
     async def delete_label_set(self, name: str) -> None:
@@ -256,21 +256,35 @@ class Client:
         limit: int = 100,
         after: str | None = None,
         filter: JsonObject | None = None,
+        include: Sequence[str] | None = None,
     ) -> ItemPage:
-        """One page of items, in id order; `next` is the `after` of the following page."""
-        params = given(limit=limit, after=after, filter=json.dumps(filter) if filter is not None else None)
+        """One page of items, in id order; `next` is the `after` of the following page.
+
+        `include`: "metadata", "vector" or both; the metadata when left out.
+        """
+        params = given(
+            limit=limit,
+            after=after,
+            filter=json.dumps(filter) if filter is not None else None,
+            include=None if include is None else list(include),
+        )
         response = await self._wire.request(
             "GET", f"/v1/collections/{segment(collection)}/items", params=params
         )
         return cast(ItemPage, object_of(response))
 
     async def all_items(
-        self, collection: str, *, filter: JsonObject | None = None, page: int = 1000
+        self,
+        collection: str,
+        *,
+        filter: JsonObject | None = None,
+        include: Sequence[str] | None = None,
+        page: int = 1000,
     ) -> AsyncIterator[Item]:
         """All items, in id order, read in pages."""
         after: str | None = None
         while True:
-            answer = await self.items(collection, limit=page, after=after, filter=filter)
+            answer = await self.items(collection, limit=page, after=after, filter=filter, include=include)
             for item in answer["items"]:
                 yield item
             after = answer["next"]

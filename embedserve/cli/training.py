@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from embedserve.cli.base import INTERRUPTED, OK, Usage, app
+from embedserve.cli.base import HERE, INTERRUPTED, OK, Usage, Where, app
 from embedserve.cli.terminal import note, print_json, progress_bar
 from embedserve.config import Switch
 from embedserve.errors import EmbedServeError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ListSwitch = Annotated[bool, Parameter(name="--list", negative=())]
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Pooling = Literal["auto", "class", "mean"]
+Wanted = Literal["auto", "linear", "prototypes"]
 Assignments = Annotated[list[str] | None, Parameter(name="--set", negative=())]
 
 
@@ -37,7 +38,11 @@ def _training_extra(doing: str) -> Iterator[None]:
         ) from None
 
 
-@app.command
+train_app = App(name="train")
+app.command(train_app)
+
+
+@train_app.default
 def train(
     method: str | None = None,
     /,
@@ -83,6 +88,38 @@ def train(
 
         outcome = run(method, data, out, parse_assignments(settings or ()))
     return OK if outcome.finished else INTERRUPTED
+
+
+@train_app.command(name="probe")
+def train_probe(
+    *,
+    collection: str,
+    label: str,
+    save: str,
+    kind: Wanted = "auto",
+    where: Where = HERE,
+) -> int:
+    """Teach an encoder your labels from the labelled items of a collection. Text and torch are not needed.
+
+    The label set is then served by name: `embedserve classify --label-set NAME`, POST /v1/classify.
+
+    Args:
+        collection: Its name.
+        label: The metadata field that holds the labels; dots go into objects.
+        save: The name of the label set; one of that name is replaced.
+        kind: prototypes (the mean direction of each label's images), linear (logistic regression), or auto,
+            what is right more often on items that were held out.
+    """
+    from training.probe.saving import train_probe as run
+
+    saved = where.run(lambda client: run(client, collection, label=label, save=save, kind=kind))
+    if where.json:
+        print_json(saved.document())
+    else:
+        for line in saved.lines():
+            print(line)
+        note(f"saved: label set '{save}'; next: embedserve classify IMAGE --label-set {save}")
+    return OK
 
 
 def _print_key(one: KeyHelp) -> None:
