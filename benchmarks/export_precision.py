@@ -26,7 +26,7 @@ from training.export.calibration import built_in
 from training.export.original import Choices, Original
 from training.export.precision import Inputs
 from training.export.precision.choosing import LEAST_COSINE, LEAST_OVERLAP
-from training.export.precision.forms import DYNAMIC, FLOAT16, STATIC, layers
+from training.export.precision.forms import FLOAT16, INT8, layers
 from training.export.precision.judging import embed, judge, speeds
 from training.export.sources import open_clip, timm
 from training.export.towers import ImageGraph, TextGraph
@@ -84,7 +84,7 @@ def measure(what: str, path: Path, inputs: Inputs, network: torch.nn.Module, fol
     """A line for PyTorch, float32 and every form, with all layers brought to it."""
     expected = embed(path, inputs.batches(8))
     written: dict[str, Path] = {"float32": path}
-    for form in (FLOAT16, DYNAMIC, STATIC):
+    for form in (FLOAT16, *INT8):
         names: Sequence[str] = layers(path, form)
         if form is FLOAT16 or names:
             out = folder / f"{path.stem}-{form.name.replace(' ', '-')}.onnx"
@@ -99,9 +99,14 @@ def measure(what: str, path: Path, inputs: Inputs, network: torch.nn.Module, fol
         print(
             f"| {what} | {form_name}{'' if kept else ' (refused)'} | {rate:.1f} | {rate / pytorch:.1f} | "
             f"{found.min_cosine:.5f} | {found.top10_overlap:.3f} | {found.batch_cosine:.6f} | "
-            f"{file.stat().st_size / 1e6:.0f} |",
+            f"{graph_size(file) / 1e6:.0f} |",
             flush=True,
         )
+
+
+def graph_size(path: Path) -> int:
+    """Bytes of a graph and of the weights beside it."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
 def _torch_speed(network: Any, inputs: Inputs) -> float:

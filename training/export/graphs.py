@@ -16,8 +16,9 @@ from onnx import helper
 from torch import Tensor, nn
 
 from embedserve.errors import EmbedServeError
+from training.export.folding import fold_transposes
 
-__all__ = ["OPSET", "export_graph", "weight_bytes", "write_graph"]
+__all__ = ["LARGEST_FILE", "OPSET", "export_graph", "save", "weight_bytes", "write_graph"]
 
 OPSET = 20
 """The first with Gelu; ONNX Runtime 1.17 and later."""
@@ -49,6 +50,7 @@ def export_graph(
         EmbedServeError: torch cannot express the network as a graph.
     """
     model: onnx.ModelProto = _program(network, example, name, axes, len(outputs)).model_proto
+    fold_transposes(model)
     _anonymize(model, outputs)
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -74,9 +76,21 @@ def write_graph(
     # Through the disk: neither protobuf nor memory would hold the weights a second and third time.
     _program(network, example, name, axes, len(outputs)).save(path, external_data=True)
     model = onnx.load(path, load_external_data=False)
+    fold_transposes(model, path.parent)
     _anonymize(model, outputs)
     onnx.save(model, path)
     onnx.checker.check_model(path)
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph with its weights; those of more than `LARGEST_FILE` bytes go to a file beside `path`."""
+    large = sum(len(one.raw_data) for one in model.graph.initializer) > LARGEST_FILE
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)  # it would be appended to
+    if large:
+        onnx.save(model, path, save_as_external_data=True, location=beside.name, size_threshold=1024)
+    else:
+        onnx.save(model, path)
 
 
 def weight_bytes(network: nn.Module) -> int:

@@ -2,9 +2,11 @@
 
 int8 weights have a scale for each channel and 7 bits: with 8, processors without VNNI add up pairs of
 products that no longer fit 16 bits, and give other vectors without a word. What goes into an int8 layer is
-brought to 8 bits either by one scale for the whole batch, found anew in every run (*dynamic*: nothing has to
-be known before, but an input's vector then depends on what else is in its batch), or by one that was found
-once on the calibration set (*static*: independent of the batch).
+brought to 8 bits by scales that are found
+
+- anew in every run, for each row by itself (*rows*: independent of the batch; linear layers only);
+- once, on the calibration set (*static*: independent of the batch; of convolutions too);
+- anew in every run, one for the whole batch (*dynamic*: an input's vector depends on what else is in it).
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from onnxruntime.quantization import (
 )
 
 from embedserve.errors import EmbedServeError
-from training.export.graphs import LARGEST_FILE
+from training.export.graphs import LARGEST_FILE, save
+from training.export.precision.rows import write_rows
 
-__all__ = ["DYNAMIC", "FLOAT16", "INT8", "STATIC", "Form", "layers"]
+__all__ = ["DYNAMIC", "FLOAT16", "INT8", "ROWS", "STATIC", "Form", "layers"]
 
 Batches = Sequence[NDArray[np.generic]]
 
@@ -60,6 +63,12 @@ def layers(path: Path, form: Form) -> list[str]:
         for node in graph.node
         if node.op_type in form.operators and len(node.input) > 1 and node.input[1] in weights
     ]
+
+
+def _rows(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> None:
+    model = onnx.load(path)
+    write_rows(model, names)
+    save(model, out)
 
 
 def _dynamic(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> None:
@@ -112,10 +121,11 @@ def _float16(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> N
 
 
 FLOAT16 = Form("float16", (), _float16)
+ROWS = Form("int8 rows", ("Gemm", "MatMul"), _rows)
 # A convolution's dynamic kernel is slower than float32.
 DYNAMIC = Form("int8 dynamic", ("Gemm", "MatMul"), _dynamic)
 STATIC = Form("int8 static", ("Conv", "Gemm", "MatMul"), _static)
-INT8 = (DYNAMIC, STATIC)
+INT8 = (ROWS, STATIC, DYNAMIC)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is not typed

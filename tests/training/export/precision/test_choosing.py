@@ -17,7 +17,7 @@ from embedserve.errors import EmbedServeError  # noqa: E402
 from training.export.graphs import write_graph  # noqa: E402
 from training.export.precision import Inputs, Judged, choose, choosing, suffices  # noqa: E402
 from training.export.precision.choosing import tolerated  # noqa: E402
-from training.export.precision.forms import DYNAMIC, STATIC, layers  # noqa: E402
+from training.export.precision.forms import DYNAMIC, ROWS, STATIC, layers  # noqa: E402
 
 SIZE = 32
 
@@ -136,7 +136,7 @@ def test_the_layer_that_hurts_stays_in_float_and_the_others_do_not(tmp_path: Pat
     path = graph(tmp_path, Patches(outlier=3000.0))
     chosen = choose(path, "int8", pictures(), tmp_path)
     names = layers(path, DYNAMIC)
-    for form in (DYNAMIC, STATIC):
+    for form in (DYNAMIC, STATIC, ROWS):
         kept = [one for one in chosen.figures[form.name]["layers_in_float"] if one in names]
         assert kept == [names[1]], form.name
 
@@ -155,10 +155,17 @@ def test_nothing_that_hurts_is_chosen_on_its_own_account(
 
 def test_auto_takes_the_fastest_that_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = graph(tmp_path, Patches())
-    for rates, words in (([100.0, 150.0, 120.0], DYNAMIC.name), ([100.0, 150.0, 180.0], STATIC.name)):
+    for rates, words in (
+        ([100.0, 150.0, 120.0, 130.0], ROWS.name),
+        ([100.0, 150.0, 180.0, 110.0], STATIC.name),
+        ([100.0, 150.0, 160.0, 239.0], STATIC.name),  # dynamic is faster, but depends on the batch
+        ([100.0, 150.0, 160.0, 240.0], DYNAMIC.name),
+    ):
         monkeypatch.setattr(choosing, "speeds", lambda paths, inputs, rates=rates: rates)
-        assert choose(path, "auto", pictures(), tmp_path).figures["chosen"] == words
-    monkeypatch.setattr(choosing, "speeds", lambda paths, inputs: [100.0, 90.0, 99.0])
+        chosen = choose(path, "auto", pictures(), tmp_path)
+        assert chosen.figures["chosen"] == words
+        assert bool(chosen.notes) == (words == DYNAMIC.name)
+    monkeypatch.setattr(choosing, "speeds", lambda paths, inputs: [100.0, 90.0, 99.0, 98.0])
     assert choose(path, "auto", pictures(), tmp_path).words == "float32"
 
 
