@@ -160,8 +160,8 @@ class ZeroShotResult:
         )
         return (
             f"calibration error {found.error_before:.3f}, and {found.error:.3f} with scale {found.scale:.4g} "
-            f"(from {found.scale_before:.4g}){biases}: fitted on {found.fitted_on:,} images, judged on "
-            f"{found.judged_on:,}"
+            f"(from {found.scale_before:.4g}){biases}; log loss {found.log_loss_before:.3f}, then "
+            f"{found.log_loss:.3f}: fitted on {found.fitted_on:,} images, judged on {found.judged_on:,}"
         )
 
     def picture(self) -> Image.Image:
@@ -195,8 +195,8 @@ def evaluate_zero_shot(
     embedded = embed_chosen(encoder, source, chosen, progress)
     cosines, labels = _cosines(embedded.vectors, vectors), embedded.source.labels
     calibration, why = _calibration(cosines, labels, reader.scoring, settings.seed)
-    if settings.store and calibration is None:
-        raise InvalidField(why, param="store")
+    if settings.store:
+        _check_worth_storing(calibration, why)
     confusion = _confusion(cosines, labels)
     seen = confusion.sum(1) > 0
     return ZeroShotResult(
@@ -298,6 +298,19 @@ def _calibration(
         ),
         "",
     )
+
+
+def _check_worth_storing(found: Calibration | None, why: str) -> None:
+    if found is None:
+        raise InvalidField(why, param="store")
+    if not found.log_loss < found.log_loss_before:
+        raise InvalidField(
+            f"On the {found.judged_on:,} images that nothing was fitted on, the fitted scale "
+            f"{found.scale:.4g} is no better than the encoder's own {found.scale_before:.4g} (log loss "
+            f"{found.log_loss:.4g}, {found.log_loss_before:.4g} before); nothing is stored. "
+            "More images would tell more.",
+            param="store",
+        )
 
 
 def _too_few(images: int) -> str:

@@ -254,10 +254,9 @@ def test_earlier_figures_of_a_bundle_stay(copied: Path, tmp_path: Path) -> None:
     find("zero_shot").run(
         BundleEncoder(str(copied)), muddled(), ZeroShotSettings(store=True), tmp_path / "first"
     )
+    vague = ZeroShotSettings(store=True, templates="{} dark round small")
     first = open_bundle(copied).description
-    find("zero_shot").run(
-        BundleEncoder(str(copied)), muddled(seed=1), ZeroShotSettings(store=True), tmp_path / "second"
-    )
+    find("zero_shot").run(BundleEncoder(str(copied)), muddled(seed=1), vague, tmp_path / "second")
     second = open_bundle(copied).description
     assert second.evaluation["zero_shot"]["logit_scale_before"] == first.scoring.logit_scale
     assert second.model_dump(exclude={"scoring", "evaluation"}) == first.model_dump(
@@ -269,6 +268,15 @@ def test_too_few_images_store_nothing(copied: Path) -> None:
     with pytest.raises(InvalidField, match="100 labelled images at least; there are 60"):
         evaluate_zero_shot(BundleEncoder(str(copied)), muddled(60), ZeroShotSettings(store=True))
     assert open_bundle(copied).description.scoring.logit_scale == 10
+
+
+def test_a_scale_that_is_no_better_on_other_images_is_not_stored(copied: Path, tmp_path: Path) -> None:
+    first = find("zero_shot").run(
+        BundleEncoder(str(copied)), muddled(), ZeroShotSettings(store=True), tmp_path / "first"
+    )
+    with pytest.raises(InvalidField, match="nothing is stored"):
+        evaluate_zero_shot(BundleEncoder(str(copied)), muddled(seed=1), ZeroShotSettings(store=True))
+    assert open_bundle(copied).description.scoring.logit_scale == pytest.approx(first.calibration.scale)
 
 
 def test_the_starter_of_the_package_is_never_written_to() -> None:
