@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from embedserve.errors import EmbedServeError
 from training.export.precision.forms import FLOAT16, INT8, Form, layers
-from training.export.precision.judging import Inputs, Judged, embed, judge, speeds
+from training.export.precision.judging import Inputs, Judged, embed, further, judge, speeds
 
 __all__ = ["LEAST_COSINE", "LEAST_OVERLAP", "Chosen", "Wanted", "choose", "suffices", "tolerated"]
 
@@ -95,6 +95,8 @@ def choose(path: Path, wanted: Wanted, inputs: Inputs, folder: Path) -> Chosen:
     if wanted == "auto" and rate <= rates[0]:
         return Chosen("float32", path, figures, ("int8 is no faster here than float32, which was kept.",))
     figures["chosen"] = best.form.name
+    if beside := further(best.path, path, inputs):
+        figures["outputs"] = beside
     return Chosen(best.form.name.partition(" ")[0], best.path, figures, _notes(best))
 
 

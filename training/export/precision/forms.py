@@ -30,8 +30,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from embedserve.errors import EmbedServeError
-from training.export.graphs import LARGEST_FILE, save
+from training.export import graphs
 from training.export.precision.rows import write_rows
 
 __all__ = ["DYNAMIC", "FLOAT16", "INT8", "ROWS", "STATIC", "Form", "layers"]
@@ -68,7 +67,7 @@ def layers(path: Path, form: Form) -> list[str]:
 def _rows(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> None:
     model = onnx.load(path)
     write_rows(model, names)
-    save(model, out)
+    graphs.save(model, out)
 
 
 def _dynamic(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> None:
@@ -104,20 +103,15 @@ def _static(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> No
 
 
 def _float16(path: Path, out: Path, batches: Batches, names: Sequence[str]) -> None:
-    if _is_large(path):
-        raise EmbedServeError(
-            f"'{path.name}' has more than {LARGEST_FILE / 1e9:.1f} GB of weights, which cannot be brought to "
-            "float16 yet; export it with --precision fp32.",
-            code="too_large_for_float16",
-        )
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     # Loading open_clip's ViT-B-32 with its Gelu in float16 ends the process by SIGSEGV (ONNX Runtime 1.31.1
     # on a CPU, all optimizations on, as by default); with Gelu in float32 it loads, at a cosine of 1.0000.
     in_float = [*DEFAULT_OP_BLOCK_LIST, "Gelu"]
     with _quietly():
-        model: Any = convert_float_to_float16(onnx.load(path), keep_io_types=True, op_block_list=in_float)
-        onnx.save(model, out)
+        # By its path, so that shapes are inferred in a file: in memory, protobuf ends at 2 GB.
+        model: Any = convert_float_to_float16(str(path), keep_io_types=True, op_block_list=in_float)
+        graphs.save(model, out)
 
 
 FLOAT16 = Form("float16", (), _float16)
@@ -141,7 +135,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is no
 
 def _is_large(path: Path) -> bool:
     beside = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0) > LARGEST_FILE
+    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0) > graphs.LARGEST_FILE
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from embedserve.graph import session_options
 
-__all__ = ["Inputs", "Judged", "Vectors", "embed", "judge", "speeds"]
+__all__ = ["Inputs", "Judged", "Vectors", "embed", "further", "judge", "speeds"]
 
 Vectors = NDArray[np.float32]
 Batch = NDArray[np.generic]
@@ -66,6 +66,30 @@ def embed(path: Path, batches: Sequence[Batch]) -> Vectors:
     return np.concatenate([run(batch) for batch in batches])
 
 
+def further(path: Path, other: Path, inputs: Inputs) -> dict[str, dict[str, float]]:
+    """How the outputs beside the vector, such as patches, agree with those of the float32 graph `other`.
+
+    Returns:
+        For each, the least and the mean cosine of its vectors: those of patches, or attention over them.
+    """
+    names = [one.name for one in _session(path).get_outputs()][1:]
+    if not names:
+        return {}
+    cosines: dict[str, list[Vectors]] = {name: [] for name in names}
+    found, expected = _session(path), _session(other)
+    for batch in inputs.batches(TIMED):
+        feed = {found.get_inputs()[0].name: batch}
+        both = zip(names, found.run(names, feed), expected.run(names, feed), strict=True)
+        for name, ours, theirs in both:
+            lengths = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
+            cosines[name].append(((ours * theirs).sum(axis=-1) / np.maximum(lengths, 1e-12)).ravel())
+    every = {name: np.concatenate(some) for name, some in cosines.items()}
+    return {
+        name: {"min_cosine": round(float(one.min()), 5), "mean_cosine": round(float(one.mean()), 5)}
+        for name, one in every.items()
+    }
+
+
 def judge(path: Path, inputs: Inputs, expected: Vectors) -> Judged:
     """Compares a graph with what float32 gave.
 
@@ -98,8 +122,7 @@ def speeds(paths: Sequence[Path], inputs: Inputs) -> list[float]:
 
 
 def _runner(path: Path) -> Callable[[Batch], Vectors]:
-    # As a server runs them: one thread for each run, which other runs stand beside.
-    session: Any = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
+    session = _session(path)
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     def run(batch: Batch) -> Vectors:
@@ -107,6 +130,11 @@ def _runner(path: Path) -> Callable[[Batch], Vectors]:
         return vectors
 
     return run
+
+
+def _session(path: Path) -> Any:
+    # As a server runs them: one thread for each run, which other runs stand beside.
+    return ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
 
 
 def _least_cosine(found: Vectors, expected: Vectors) -> float:
