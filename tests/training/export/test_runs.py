@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra 'train')")
 
+from embedserve.bundle import Bundle, open_bundle  # noqa: E402
 from embedserve.check import check_bundle  # noqa: E402
 from embedserve.config import Limits  # noqa: E402
 from embedserve.encoder import Encoder  # noqa: E402
@@ -40,6 +41,14 @@ def trained(folder: Path, method: str) -> Path:
     return out
 
 
+def exported(folder: Path, method: str) -> Bundle:
+    """The bundle of that run, made once for each method."""
+    out = folder / f"{method}-bundle"
+    if not out.exists():
+        export(str(trained(folder, method)), out, calibration=built_in(images=6, texts=12))
+    return open_bundle(out)
+
+
 def torch_vectors(run: Path, pixels: list[np.ndarray]) -> np.ndarray:
     """What the method's own `embed` gives for pixels as they are served."""
     method = open_run(str(run)).method.eval()
@@ -53,7 +62,7 @@ def torch_vectors(run: Path, pixels: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_exported_checked_and_serves_the_vectors_of_its_network(method: str, folder: Path) -> None:
     run = trained(folder, method)
-    bundle = export(str(run), folder / f"{method}-bundle", calibration=built_in(images=6, texts=6))
+    bundle = exported(folder, method)
     assert check_bundle(bundle.folder, seconds=0.01).proof.image_cosine == pytest.approx(1, abs=1e-5)
     encoder = Encoder.load(bundle.folder)
     files = sorted((folder / "pictures").rglob("*.png"))[::9]
@@ -65,7 +74,7 @@ def test_a_run_is_exported_checked_and_serves_the_vectors_of_its_network(method:
 
 def test_what_learned_from_captions_serves_its_texts_and_scale_as_well(folder: Path) -> None:
     run = trained(folder, "lit")
-    bundle = export(str(run), folder / "lit-texts", calibration=built_in(images=4, texts=12))
+    bundle = exported(folder, "lit")
     encoder, method = Encoder.load(bundle.folder), open_run(str(run)).method.eval()
     assert method.texts is not None
     texts = ["a red square", "two words", "", "Ein Hund, 狗"]
