@@ -27,13 +27,16 @@ from training.checkpoint import Checkpoints
 from training.durable import replacing
 from training.method import Method
 from training.methods import find
+from training.seeding import seed_everything
 from training.settings import Settings
 from training.tuning import merge_low_rank
 
 __all__ = [
     "CHECKPOINTS",
     "CONFIG",
+    "WEIGHTS",
     "Trained",
+    "begin",
     "build_method",
     "check_same_run",
     "encoder_prefix",
@@ -45,6 +48,8 @@ __all__ = [
 ]
 
 CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", ".lock"
+WEIGHTS = 0
+"""Sets the random numbers of the first weights apart from others of the same seed."""
 
 MAY_CHANGE = {
     "data", "backbone", "cache", "cache_folder", "workers", "device", "log_every", "knn_every",
@@ -111,6 +116,15 @@ def build_method(settings: Settings, *, start: str, carried: Mapping[str, Any] |
     if carried:
         return kind(backbone, settings.options, settings.facts, carried=carried)  # type: ignore[call-arg]
     return kind(backbone, settings.options, settings.facts)
+
+
+def begin(settings: Settings) -> Method[Any]:
+    """The method as the run starts with it at step 0, from its settings; the same bits every time."""
+    seed_everything(settings.config.seed, WEIGHTS)
+    method = build_method(settings, start=settings.config.start)
+    if settings.config.start:
+        method.begin_from(settings.config.start)
+    return method
 
 
 def encoder_prefix(method: Method[Any]) -> str:

@@ -26,6 +26,7 @@ from training import checkpoint
 from training.backbones import Backbone, describe
 from training.batch_norm import synchronize_batch_norms
 from training.batches import Batches
+from training.blend import BEGUN, digest
 from training.checkpoint import Best, Checkpoints
 from training.config import TrainConfig
 from training.distributed import agreed, any_rank, is_main, process_group, rank, synchronize, world_size
@@ -40,6 +41,8 @@ from training.recording import record_backbones
 from training.run import (
     CHECKPOINTS,
     CONFIG,
+    WEIGHTS,
+    begin,
     build_method,
     check_same_run,
     encoder_prefix,
@@ -55,8 +58,8 @@ from training.watch import Monitor, Progress, RunLog, curves_picture, write_read
 
 __all__ = ["Outcome", "train"]
 
-WEIGHTS, STEPS = 0, 2
-"""Set the random numbers of the first weights and of each step apart from others of the same seed."""
+STEPS = 2
+"""Sets the random numbers of each step apart from others of the same seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +127,11 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         )
 
     # --------------------------------------------------------------------------------------- networks
-    seed_everything(settings.config.seed, WEIGHTS)
-    method = build_method(
-        settings,
-        start=settings.config.start if latest is None else str(latest),
-        carried=None if state is None else state.get("carried"),
-    )
-    if state is None and settings.config.start:
-        method.begin_from(settings.config.start)
+    if state is None:
+        method = begin(settings)
+    else:
+        seed_everything(settings.config.seed, WEIGHTS)
+        method = build_method(settings, start=str(latest), carried=state.get("carried"))
     captions = prepared.captions_for(method)
     settings = replace(settings, config=replace(settings.config, backbone=method.backbone.name))
     config, recipe = settings.config, settings.recipe
@@ -146,6 +146,9 @@ def _train(  # noqa: PLR0912, PLR0915 -- the whole run, to be read from top to b
         earlier = read_json(out / CONFIG)
         check_same_run(out, earlier, record)
         record["encoder"] = earlier["encoder"]  # its notes are of the weights that the run started from
+        record |= {BEGUN: earlier[BEGUN]} if BEGUN in earlier else {}
+    if state is None and config.start:
+        record[BEGUN] = digest(method)
     if state is not None:
         method.load_state_dict(state["model"])
     if world_size() > 1 and config.sync_batch_norm and not method.local_batch_norm:

@@ -1,4 +1,4 @@
-"""The verbs that make encoders: `train`, `eval`, `export`. The work is done by the package `training`."""
+"""The verbs that make encoders: `train`, `eval`, `blend`, `export`. The package `training` does the work."""
 
 from __future__ import annotations
 
@@ -186,6 +186,25 @@ def evaluate(
     else:
         print(done.result.summary())
         note(f"written: {done.json_file} and {done.picture_file}")
+    return OK
+
+
+@app.command
+def blend(run: Path, /, *, alpha: float, out: Path) -> int:
+    """Write the weights between those that a run began with and those that it learned (WiSE-FT).
+
+    The checkpoint is evaluated and exported like any other: embedserve eval knn OUT, embedserve export OUT.
+
+    Args:
+        run: A run that began with trained weights (--set start=…), or a checkpoint of it.
+        alpha: 0 for the start to 1 for what was learned; 0.5 is a good first try.
+        out: The checkpoint's file, such as half.pt.
+    """
+    with _training_extra("Blending"):
+        from training.blend import blend as write
+
+        write(run, alpha, out)
+    print(f"{out}: {1 - alpha:.0%} of the start, {alpha:.0%} of what '{run}' learned")
     return OK
 
 
