@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +17,11 @@ from training.evaluate.knn import knn_accuracy
 from training.evaluate.ranking import recall, same
 from training.method import Method
 from training.watch import feature_statistics
+from training.watch.quality import RETRIEVAL
 
 __all__ = ["Measured", "OnlineEvaluation", "evaluation_views"]
 
 MOST_BANK, MOST_QUERIES, BATCH = 20_000, 5_000, 256
-RETRIEVAL = ("image_to_text", "text_to_image")
 NEIGHBOURS = 20
 """k, as Wu et al. 2018 and DINO's evaluation use; at most half the bank."""
 
@@ -37,15 +35,6 @@ class Measured:
     text_to_image where there are captions."""
     bank: Tensor
     queries: Tensor
-
-
-def score(figures: Mapping[str, float]) -> float:
-    """What the best checkpoint is chosen by: retrieval both ways where there are captions, else k-NN.
-
-    NaN where nothing was held out.
-    """
-    both = [figures[name] for name in RETRIEVAL if name in figures]
-    return sum(both) / len(both) if both else figures.get("knn", math.nan)
 
 
 class OnlineEvaluation:

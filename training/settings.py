@@ -34,11 +34,6 @@ __all__ = [
 
 D = TypeVar("D")
 
-LR_FROM_WEIGHTS = 0.1
-"""Share of a method's learning rate when it starts from trained weights, which more would undo. On 4,214
-drawings an epoch of SimCLR took the starter's k-NN from 66.4% to 64.3% at a quarter of its rate, and at a
-twelfth to 65.4%, which five more epochs brought back to 66.2%."""
-
 IMAGES_ON_GPU, IMAGES_ON_CPU = 12_000_000, 10_000
 """Images that a run goes through by default, over all epochs: 200 epochs of 60,000 images on a GPU; some
 minutes of ResNet-18 at 64 pixels on two cores."""
@@ -184,10 +179,11 @@ def resolve(method: str, data: str, given: Mapping[str, str], known: DataFacts) 
         steps_per_epoch=known.images // config.batch_size,
         groups=known.groups,
         backbone_kind=kind_of(config.backbone, config.start),
+        started=bool(config.start),
     )
     suited = kind.recipe(facts)
     if config.start:
-        suited = dataclasses.replace(suited, lr=suited.lr * LR_FROM_WEIGHTS)
+        suited = dataclasses.replace(suited, lr=suited.lr * kind.lr_from_weights)
     recipe = build(Recipe, suited)
     augmentation = build(Augmentation, kind.augmentation(facts))
     options = build(kind.Options, kind.Options.suited_to(facts))

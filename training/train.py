@@ -32,7 +32,7 @@ from training.config import TrainConfig
 from training.distributed import agreed, any_rank, is_main, process_group, rank, synchronize, world_size
 from training.method import Batch
 from training.methods import find
-from training.online import OnlineEvaluation, score
+from training.online import OnlineEvaluation
 from training.optim import build_optimizer, set_rates
 from training.pictures import draw_neighbours, draw_views
 from training.precision import Precision
@@ -54,7 +54,7 @@ from training.run import (
 from training.schedules import Now
 from training.seeding import seed_everything
 from training.settings import typed_value
-from training.watch import Monitor, Progress, RunLog, curves_picture, write_readme
+from training.watch import Monitor, Progress, RunLog, curves_picture, score, write_readme
 
 __all__ = ["Outcome", "train"]
 

@@ -30,8 +30,12 @@ from training.views import Augmentation, View
 
 __all__ = ["ImageText", "ImageTextOptions"]
 
+LR = 1e-3
+"""For any batch size: LiT and SigLIP were trained with it at 16,384 and more, open_clip's models of CC3M at
+1,024. At 64, on 1,588 captioned drawings in six epochs, a quarter of it reached R@1 22%, it 43%, and two and
+a half times as much 49%; the last is bold for towers that begin from nothing."""
 TRAINED_LR = 0.1
-"""Share of the learning rate for a text tower with trained weights, beside projections without."""
+"""Share of the learning rate for towers with trained weights, beside projections without."""
 MOST_LENGTH = 16_384
 """Of shared vectors; more is a mistake, and would fill the memory."""
 MANY_PAIRS = 100_000
@@ -98,6 +102,7 @@ class ImageText(Method[O]):
     """
 
     captioned = True
+    lr_from_weights = 1.0  # by `parameter_rules`, as projections may begin from nothing
     Options = ImageTextOptions
     first_scale: float
     """What cosines are multiplied with at first."""
@@ -107,6 +112,7 @@ class ImageText(Method[O]):
         self, backbone: Backbone, options: O, facts: Facts, carried: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(backbone, options, facts)
+        self.started = facts.started
         name = options.text or _suited_text(backbone)
         tower = rebuild_text(carried["text"]) if carried else build_text(name, start=options.text_start)
         length = _shared_length(backbone, tower, options)
@@ -147,7 +153,7 @@ class ImageText(Method[O]):
 
     @classmethod
     def recipe(cls, facts: Facts) -> Recipe:
-        return Recipe(optimizer="adamw", lr=5e-4, weight_decay=0.1, clip=1.0)
+        return Recipe(optimizer="adamw", lr=LR * 256 / facts.batch_size, weight_decay=0.1, clip=1.0)
 
     @classmethod
     def augmentation(cls, facts: Facts) -> Augmentation:
@@ -170,9 +176,14 @@ class ImageText(Method[O]):
         return (augmentation.view(facts.size),)
 
     def parameter_rules(self) -> list[ParameterRule]:
-        # Low-rank additions are new weights, whatever they are added to.
-        known = self.text.trained and self.options.learns()[1] != "lora"
-        return [ParameterRule(module=self.text, lr=TRAINED_LR)] if known else []
+        image_learns, text_learns = self.options.learns()
+        trained: list[tuple[nn.Module, str]] = [(self.backbone, image_learns)] if self.started else []
+        trained += [(self.text, text_learns)] if self.text.trained else []
+        return [
+            ParameterRule(module=tower, lr=TRAINED_LR)
+            for tower, learns in trained
+            if learns != "lora"  # whose additions begin from nothing
+        ]
 
     # ----------------------------------------------------------------------------------------- vectors
 

@@ -4,6 +4,7 @@
     monitor.py      losses between two log lines, and when to raise an alarm
     alarms.py       what an alarm says: what is wrong, and what to change
     logs.py         metrics.jsonl, TensorBoard, Weights & Biases
+    quality.py      which checkpoint is the best
     progress.py     the terminal
     plots.py        curves.png      grids.py   views.png and neighbours.png
     report.py       the run's README.md
@@ -17,6 +18,7 @@ from training.watch.logs import RunLog
 from training.watch.monitor import Monitor
 from training.watch.plots import curves_picture
 from training.watch.progress import Progress
+from training.watch.quality import score
 from training.watch.report import write_readme
 from training.watch.statistics import feature_statistics
 
@@ -28,6 +30,7 @@ __all__ = [
     "curves_picture",
     "feature_statistics",
     "neighbours_picture",
+    "score",
     "views_picture",
     "write_readme",
 ]

@@ -48,6 +48,8 @@ class Panel:
 
 PANELS = (
     Panel("loss", "Loss", "as the method defines it", smooth=True),
+    Panel("image_to_text", "Captions R@1", "held-out images, their caption first", percent=True),
+    Panel("text_to_image", "Images R@1", "held-out captions, their image first", percent=True),
     Panel("knn", "k-NN accuracy", "held-out images, top-1", percent=True),
     Panel("feature_std", "Spread of features", "1 is even over all directions, 0 is collapsed", least=0),
     Panel("feature_rank", "Effective rank", "directions that features use (RankMe)", least=0),
@@ -117,7 +119,7 @@ def _draw(axes: Axes, panel: Panel, curve: Curve, end: float) -> None:
     else:
         dots = "o" if len(values) <= DOTS and panel.key != "lr" else ""
         axes.plot(epochs, values, color=BLUE, linewidth=1.8, marker=dots, markersize=3.5, clip_on=False)
-    if panel.key == "knn":
+    if panel.percent:
         best = int(values.argmax())
         axes.plot(epochs[best], values[best], "o", color=GREEN, markersize=7, zorder=3, clip_on=False)
         words = f"best {values[best]:.1%}, epoch {epochs[best]:.4g}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.watch.alarms import Alarm
+from training.watch.quality import quality_words
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -38,7 +39,7 @@ class Progress:
         self._epochs = self._steps = self._first_step = self._batch_size = 0
         self._started = self._last_line = self._last_speed = 0.0
         self._last_step = 0
-        self._loss, self._knn, self._speed = math.nan, math.nan, 0.0
+        self._loss, self._quality, self._speed = math.nan, "", 0.0
 
     # ------------------------------------------------------------------------------------ before the loop
 
@@ -145,11 +146,11 @@ class Progress:
 
     def measured(self, epoch: float, figures: Mapping[str, float], alarms: Sequence[Alarm]) -> None:
         """A measurement, and the alarms that are new with it."""
-        self._knn = figures.get("knn", math.nan)
-        knn = f"k-NN {self._knn:.1%} · " if math.isfinite(self._knn) else ""
+        self._quality = quality_words(figures)
+        quality = f"{self._quality} · " if self._quality else ""
         loss = f"loss {self._loss:.3f} · " if math.isfinite(self._loss) else ""
         self._say(
-            f"epoch {epoch:>{len(str(self._epochs))}.4g} of {self._epochs} · {loss}{knn}"
+            f"epoch {epoch:>{len(str(self._epochs))}.4g} of {self._epochs} · {loss}{quality}"
             f"spread {figures['feature_std']:.2f} · rank {figures['feature_rank']:.1f}"
         )
         if self._bar is not None and self._task is not None:
@@ -159,13 +160,16 @@ class Progress:
 
     def ended(self, out: Path, step: int, steps: int, figures: Mapping[str, float]) -> None:
         """How the run ended, and what can be done with it."""
-        knn = f" with k-NN {figures['knn']:.1%}" if "knn" in figures else ""
+        quality = f" with {words}" if (words := quality_words(figures)) else ""
         if step < steps:
-            self._say(f"stopped after step {step:,} of {steps:,}{knn}; the same command goes on from there")
+            self._say(
+                f"stopped after step {step:,} of {steps:,}{quality}; the same command goes on from there"
+            )
             return
         took = f" in {duration(time.monotonic() - self._started)}" if step > self._first_step else ""
         self._say(
-            f"finished {steps:,} steps{took}{knn}; '{out / 'README.md'}' shows the run and what comes next"
+            f"finished {steps:,} steps{took}{quality}; "
+            f"'{out / 'README.md'}' shows the run and what comes next"
         )
 
     # ------------------------------------------------------------------------------------------ inside
@@ -179,7 +183,7 @@ class Progress:
     def _figures(self) -> str:
         parts = [f"{self._speed:,.0f}/s"] if self._speed else []
         parts += [f"loss {self._loss:.3f}"] if math.isfinite(self._loss) else []
-        parts += [f"k-NN {self._knn:.1%}"] if math.isfinite(self._knn) else []
+        parts += [self._quality] if self._quality else []
         return " · ".join(parts)
 
     def _say(self, line: str, *, loud: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from training.durable import replacing
 from training.watch.alarms import Alarm
 from training.watch.progress import about_captions, duration
+from training.watch.quality import score
 
 __all__ = ["write_readme"]
 
@@ -20,7 +22,7 @@ FILES = {
     "config.json": "every setting with its origin, the data and the encoder",
     "metrics.jsonl": "the figures, one JSON object a line: `pandas.read_json('metrics.jsonl', lines=True)`",
     "checkpoints/last.pt": "the state after the last step, from which the run goes on exactly",
-    "checkpoints/best.pt": "the state with the highest k-NN accuracy",
+    "checkpoints/best.pt": "the state that was best on held-out images",
     "views.png": "images, and what the method saw of them",
     "curves.png": "how it went",
     "neighbours.png": "images, and which others the encoder finds alike",
@@ -121,11 +123,13 @@ def _result(records: Sequence[Record]) -> str:
     if not measured:
         return ""
     last = measured[-1]
-    scored = [one for one in measured if isinstance(one.get("knn"), int | float)]
-    best = max(scored, key=lambda one: float(one["knn"])) if scored else None
+    scored = [one for one in measured if not math.isnan(score(one))]
+    best = max(scored, key=score) if scored else None
     lines = ["## Result", ""]
     lines += ["| | best | last |", "|---|---:|---:|"] if best else ["| | last |", "|---|---:|"]
     rows = (
+        ("held-out images find their captions (R@1)", "image_to_text", "{:.1%}"),
+        ("captions find their held-out images (R@1)", "text_to_image", "{:.1%}"),
         ("k-NN accuracy on held-out images", "knn", "{:.1%}"),
         ("spread of features (1 is even, 0 collapsed)", "feature_std", "{:.3f}"),
         ("effective rank of features", "feature_rank", "{:.1f}"),
@@ -139,7 +143,7 @@ def _result(records: Sequence[Record]) -> str:
     if best is None:
         lines += [
             "",
-            "Without labels there is no accuracy to choose a best checkpoint by; the last one counts.",
+            "Without labels there is nothing to choose a best checkpoint by; the last one counts.",
         ]
     return "\n".join(lines)
 
