@@ -176,6 +176,7 @@ function setUpKeys() {
 }
 
 function setUp() {
+  readState(); // before the server has answered: an image may be chosen by then, and must not lose the address
   onKeyNeeded(askForKey);
   setUpSearch(page);
   setUpClassify(page);
