@@ -73,8 +73,9 @@ class Progress:
             f"{config['method']} on {config['data']}: {data['images']:,} images to train on, "
             f"{data['heldout']:,} held out{classes}"
         )
+        plural = "" if facts["epochs"] == 1 else "s"
         self._say(
-            f"  {record['encoder']['name']}, {config['size']} pixels, {facts['epochs']} epochs of "
+            f"  {record['encoder']['name']}, {config['size']} pixels, {facts['epochs']} epoch{plural} of "
             f"{facts['steps_per_epoch']} steps, {config['batch_size']} images each"
         )
         values = {**config, **record["recipe"], **record["augmentation"], **record["options"]}
